@@ -1,0 +1,38 @@
+# make demo | test | test-all | lab : each sets up .venv first if need be.
+#   PYTHON=python3.12        the interpreter (3.11 or 3.12)
+#   TORCH_INDEX=<address>    where torch and torchvision come from, e.g. the CPU index that pytorch.org names
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do if $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3,11),(3,12)))' 2>/dev/null; then echo $$p; exit; fi; done)
+PIP := .venv/bin/python -m pip
+PRESET ?= demo
+
+.PHONY: demo test test-all lab check clean
+demo: .venv/.ready
+	@.venv/bin/adam_nb run $(PRESET)
+
+test: .venv/.ready
+	.venv/bin/python -m pytest -m "not slow"
+
+test-all: .venv/.ready
+	ADAM_NB_TEST_FLAGS="slow data" .venv/bin/python -m pytest
+
+lab: .venv/.ready
+	.venv/bin/jupyter lab --notebook-dir=nbs
+
+# Notebooks clean, and adam_nb/ what they export: fails with the difference.
+check: .venv/.ready
+	.venv/bin/nbdev_clean
+	.venv/bin/nbdev_export
+	git diff --exit-code -- nbs adam_nb
+
+.venv/.ready: constraints.txt settings.ini setup.py pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then echo "adam_nb needs Python 3.11 or 3.12, and none was found: install one, or name it: make PYTHON=/path/to/python3.11"; exit 1; fi
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"adam_nb needs Python 3.11 or 3.12, but $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
+	@echo "Setting up .venv: about 3 GB to download with CUDA builds of torch, 0.6 GB with TORCH_INDEX=<the CPU index that pytorch.org names>."
+	@test -x .venv/bin/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment; install its venv package (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
+	$(if $(TORCH_INDEX),$(PIP) install --progress-bar on -c constraints.txt --index-url $(TORCH_INDEX) torch torchvision)
+	$(PIP) install --progress-bar on -c constraints.txt -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf outputs/* .snakemake

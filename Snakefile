@@ -1,0 +1,23 @@
+# The engine's view of a run: one rule per node of the plan. `adam_nb run PRESET` writes the plan and calls this file;
+# by hand: snakemake --cores 2 --config preset=demo   (with --executor slurm or kubernetes for a cluster)
+import sys
+from adam_nb.pipeline import plan, read_plan, write_plan
+
+plan_path = config["plan"] if "plan" in config else write_plan(plan(config.get("preset", "demo"), config.get("overrides", []), config.get("name"))[0])
+nodes = read_plan(plan_path)
+
+rule all:
+    input: nodes[-1].output
+
+for node in nodes:
+    rule:
+        name: node.name.replace(".", "_").replace("-", "_")
+        # The parameter file changes only when the node's values or the code that it uses change.
+        input: node.inputs + [node.params]
+        # The final artefact alone: the engine deletes declared outputs of a failed node, and checkpoints must stay.
+        output: node.output
+        log: notebook=node.executed
+        # Training takes the whole machine; two trainings at once would fight for it.
+        threads: workflow.cores if node.whole_machine else 1
+        params: name=node.name, plan=str(plan_path), python=sys.executable
+        shell: "{params.python:q} -m adam_nb.pipeline node {params.plan:q} {params.name:q}"

@@ -1,0 +1,20 @@
+"""Every notebook's inline tests, one counted test per notebook, in this process."""
+import os
+from pathlib import Path
+
+import pytest
+from nbdev.config import get_config
+from nbdev.test import test_nb as run_notebook
+
+NBS = Path(__file__).resolve().parents[1]/"nbs"
+LESSONS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.parent.name != "run")
+FLAGS = os.environ.get("ADAM_NB_TEST_FLAGS", "").split()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: str(p.relative_to(NBS)))
+def test_notebook(path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    skip = set(get_config().tst_flags.split()) - set(FLAGS)
+    passed, _ = run_notebook(path, skip_flags=skip, force_flags=FLAGS, do_print=False)
+    assert passed, f"{path.name}: a cell failed, see above"
