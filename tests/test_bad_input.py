@@ -1,0 +1,118 @@
+"""Bad input at the command line: one clear sentence that names the file or key and the remedy, exit code not 0, no traceback, and what was computed stays."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(*args, module="adam_nb.pipeline", **env):
+    return subprocess.run([sys.executable, "-m", module, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | env)
+
+
+def refused(done, *words):
+    "The command failed with one sentence that holds all `words`, and without a traceback."
+    said = done.stdout + done.stderr
+    assert done.returncode != 0, said
+    assert "Traceback" not in said, said
+    for w in words: assert w in said, f"{w!r} is missing in: {said}"
+
+
+@pytest.fixture
+def film(tmp_path):
+    path = tmp_path/"films"/"a.png"
+    path.parent.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)).save(path)
+    return path
+
+
+# data -------------------------------------------------------------------------------------------------------------
+
+def test_missing_folder(tmp_path): refused(command("check", "folder", tmp_path/"none"), "none")
+
+def test_empty_folder(tmp_path): refused(command("check", "folder", tmp_path), tmp_path.name)
+
+def test_unknown_data_set(tmp_path): refused(command("check", "chestxray41", tmp_path), "chestxray41", "chestxray14")
+
+@pytest.mark.parametrize("content", [b"", b"not an image", None], ids=["zero bytes", "unreadable", "truncated"])
+def test_broken_image_is_named(film, content):
+    broken = film.with_name("broken.png")
+    broken.write_bytes(film.read_bytes()[:700] if content is None else content)
+    refused(command("check", "folder", film.parent, "--full"), "broken.png")
+
+def test_broken_image_stops_pretraining_by_name(film, tmp_path):
+    film.with_name("broken.png").write_bytes(b"")
+    refused(command(ROOT/"params/smoke/pretrain.yaml", "--out", tmp_path/"out", "data=folder", f"data_root={film.parent}", "data_options={}", module="adam_nb.trainer"), "broken.png")
+
+# parameters -------------------------------------------------------------------------------------------------------
+
+def trainer(tmp_path, *pairs): return command(ROOT/"params/smoke/pretrain.yaml", "--out", tmp_path/"out", *pairs, module="adam_nb.trainer")
+
+@pytest.mark.parametrize("pair, words", [
+    ("bank_size=4", ["bank_size", "batch"]),
+    ("stages=[]", ["stages"]),
+    ("stages=[2, 0]", ["stages", "free"]),
+    ("treshold=0.9", ["treshold", "threshold"]),
+    ("lr=fast", ["lr", "float"]),
+    ("stages=[0, 40]", ["40"]),
+    ("backbone=resnet19", ["resnet19", "resnet18"]),
+])
+def test_parameters_of_pretraining(tmp_path, pair, words): refused(trainer(tmp_path, pair), *words)
+
+def test_small_parts_are_a_warning(tmp_path):
+    done = trainer(tmp_path, "stages=[0, 10]", "steps=1")
+    assert done.returncode == 0 and "16" in done.stdout + done.stderr, done.stderr
+
+def test_unknown_key_in_yaml(tmp_path):
+    (tmp_path/"p.yaml").write_text((ROOT/"params/smoke/pretrain.yaml").read_text() + "\nbanksize: 3\n")
+    refused(command(tmp_path/"p.yaml", "--out", tmp_path/"out", module="adam_nb.trainer"), "p.yaml", "banksize", "bank_size")
+
+def test_unknown_key_on_the_command_line(): refused(command("run", "smoke", "tresholds=1", "name=never"), "tresholds", "threshold")
+
+def test_ambiguous_key(): refused(command("run", "smoke", "steps=1", "name=never"), "pretrain.steps", "segment.steps")
+
+def test_overrides_need_a_folder(): refused(command("run", "smoke", "bank_size=64"), "name=")
+
+def test_unknown_preset(): refused(command("run", "smok"), "smok", "smoke")
+
+def test_missing_data_set_of_a_preset(tmp_path): refused(command("run", "cxr_mini", ADAM_NB_DATA=str(tmp_path)), "ChestX-ray14", "ADAM_NB_DATA")
+
+def test_nothing_was_begun(): assert not (ROOT/"outputs/never").exists()
+
+# checkpoints and upstream results ---------------------------------------------------------------------------------
+
+def test_checkpoint_of_another_backbone(tmp_path, film):
+    from adam_nb.encoders import save_encoder
+    from adam_nb.model import create_encoder
+    path = tmp_path/"e.safetensors"
+    save_encoder(path, create_encoder("resnet34", 1, seed=0), {})
+    import torch
+    torch.save({"state_dict": create_encoder("resnet18", 1, seed=0).state_dict()}, tmp_path/"other.pth")
+    from adam_nb.config import AdamError
+    from adam_nb.eve import Eve
+    with pytest.raises(AdamError, match="resnet34"): Eve.load(path, backbone="resnet18")
+    with pytest.raises(AdamError, match="resnet18"): Eve.load(tmp_path/"other.pth", backbone="resnet50")
+
+def test_no_checkpoint(tmp_path, film): refused(command("embed", tmp_path/"none.safetensors", film), "none.safetensors")
+
+def test_torn_checkpoint(tmp_path, film):
+    (tmp_path/"torn.safetensors").write_bytes(b"\x10\x00")
+    refused(command("embed", tmp_path/"torn.safetensors", film), "torn.safetensors")
+
+def test_missing_upstream_result(tmp_path):
+    from adam_nb.pipeline import write_plan
+    from adam_nb.plan import plan
+    run = f"never-{os.getpid()}"
+    nodes, _ = plan("smoke", run=run)
+    try:
+        path = write_plan(nodes)
+        last = [n for n in nodes if n.notebook == "pretrain"][-1]
+        refused(command("node", path, last.name), last.name, "prepare")
+    finally:
+        import shutil
+        shutil.rmtree(ROOT/"outputs"/run, ignore_errors=True)
