@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['SMALLEST', 'pyramid_sizes', 'shrink', 'pyramid', 'fov_box', 'decode', 'estimate_bytes', 'Cache', 'prepare']
 
-# %% ../nbs/06_cache.ipynb #cac853ef
-import contextlib, datetime, errno, hashlib, os, shutil
+# %% ../nbs/06_cache.ipynb #c480e1f4
+import contextlib, datetime, errno, functools, hashlib, os, shutil
 from functools import cached_property
-from functools import partial as _partial
 from pathlib import Path
 
 import numpy as np
@@ -266,7 +265,7 @@ def _refuse_broken(broken: list[dict], n: int, skip: bool):
     if broken and (not skip or len(broken) == n):
         raise AdamError(f"{len(broken)} of {n} images are broken: " + " | ".join(b["why"] for b in broken) + (" — mend or remove them, or set skip_broken=True." if len(broken) < n else " — no image is left."))
 
-# %% ../nbs/06_cache.ipynb #8a8eaf05
+# %% ../nbs/06_cache.ipynb #7ebfc3d1
 def prepare(
     records: Records,
     out: str | os.PathLike,      # folder of the cache; an older cache there is replaced
@@ -303,7 +302,7 @@ def _fill(partial: _Partial, records, keys, size, channels, crop, workers, progr
     "Decode what the journal lacks; returns the broken images as {path, why}."
     todo = [i for i, k in enumerate(keys) if k not in partial.lines]
     if todo: _need_room(partial.path, estimate_bytes(records[todo], size, channels))
-    broken, work = [], _partial(decode, size=size, channels=channels, crop=crop)
+    broken, work = [], functools.partial(decode, size=size, channels=channels, crop=crop)
     for i, found in zip(todo, map_processes(work, [records[i] for i in todo], workers, progress, f"decoding {records.name}")):
         if "why" in found: broken.append(found)
         else: partial.add(keys[i], found)

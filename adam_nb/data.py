@@ -232,7 +232,7 @@ def check(
     report["usable"] = not report["problems"]
     return report
 
-# %% ../nbs/05_data.ipynb #2c2985ca
+# %% ../nbs/05_data.ipynb #01510ad1
 def _counts(values: dict) -> str: return ", ".join(f"{k} {v}" for k, v in values.items()) or "none"
 
 def format_check(report: dict) -> str:
@@ -248,6 +248,8 @@ def format_check(report: dict) -> str:
         lines += [f"  {k:11s} {_counts(report[k])}" for k in ("masks", "boxes", "landmarks")]
         lines += [f"  unreadable  {u['why']}" for u in report["unreadable"]]
         for key, what in (("missing", "images are named by a list and absent"), ("unused", "images are there and named by no list"), ("duplicates", "pictures occur more than once"), ("flat", "images have one single value")):
-            if report[key]["count"]: lines.append(f"  {key:11s} {report[key]['count']} {what}, such as {report[key]['first'][0]}")
+            if report[key]["count"]:
+                first = report[key]["first"][0]
+                lines.append(f"  {key:11s} {report[key]['count']} {what}, such as {first if isinstance(first, str) else ' = '.join(first)}")
     lines += [f"  note        {n}" for n in report["notes"]]
     return "\n".join(lines)

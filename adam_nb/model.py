@@ -133,9 +133,9 @@ def create_encoder(
     "A randomly initialised `Encoder`, equal for equal `seed` whatever the state of the global generator."
     return Encoder(backbone, 3 if in_channels is None else in_channels, seed=seed, **kwargs)
 
-# %% ../nbs/11_model.ipynb #6ecef4e6
+# %% ../nbs/11_model.ipynb #06aa471d
 class ProjectionHead(nn.Sequential):
-    "dim_in → hidden → dim with a ReLU; hidden = dim_in unless given (MoCo-v2; FACTS: 2048-2048-128)."
+    "dim_in → hidden → dim with a ReLU; hidden = dim_in unless given (as MoCo-v2, whose settings the paper follows: 2048-2048-128)."
     def __init__(self, dim_in: int, dim: int = 128, hidden: int | None = None):
         super().__init__(nn.Linear(dim_in, hidden or dim_in), nn.ReLU(inplace=True), nn.Linear(hidden or dim_in, dim))
 

@@ -27,9 +27,9 @@ class Preset:
     needs: list[str] = field(default_factory=list)               # folders below ADAM_NB_DATA without which the preset cannot run
     optional: dict[str, str] = field(default_factory=dict)       # task or probe -> folder below ADAM_NB_DATA; left out, and said so, when absent
 
-# %% ../nbs/27_plan.ipynb #aaa5f7d8
+# %% ../nbs/27_plan.ipynb #4482c0e0
 CONFIGS = {  # run notebook -> the config that it fills; pretraining and downstream share `arm` and seeds by wiring
-    "prepare": ("adam_nb.feed", "PrepareConfig"), "pretrain": ("adam_nb.trainer", "PretrainConfig"),
+    "prepare": ("adam_nb.schedule", "PrepareConfig"), "pretrain": ("adam_nb.trainer", "PretrainConfig"),
     "segment": ("adam_nb.segment", "SegmentConfig"), "classify": ("adam_nb.classify", "ClassifyConfig"),
     "probes": ("adam_nb.probes", "ProbeConfig"),
 }

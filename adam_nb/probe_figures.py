@@ -99,7 +99,7 @@ def _rivals(ax, metrics: dict, y: float, colour: str, marker: str):
     "The AUCs of own against foreign parts, one below the other: large filled, hollow, small filled."
     for dy, name, hollow, size in zip((-0.2, 0.0, 0.2), _RIVALS, (False, True, False), (9, 8, 5)): dot(ax, *number(metrics, name), y + dy, colour, marker, hollow, size if marker != "|" else size + 4)
 
-# %% ../nbs/23c_probe_figures.ipynb #97659f71
+# %% ../nbs/23c_probe_figures.ipynb #aae1d19c
 @from_run
 def compositionality_densities(run, used, prefix: str | None = None) -> Figure:
     "Density of cos(whole, mean of its parts) for each arm with the control of foreign parts, and the AUC of own against foreign parts with 95 % intervals over patients."
@@ -111,7 +111,7 @@ def compositionality_densities(run, used, prefix: str | None = None) -> Figure:
     fig = Drawing(figsize=(13.5, 1.9 + 0.85 * (len(arms) + 1)), layout="constrained")
     left, right = fig.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     everything = np.array([v for r in first.values() for v in r["series"]["cosine"] + (r["series"].get("same_place") or []) if v is not None])
-    grid = np.linspace(max(-1, np.quantile(everything, 0.002) - 0.05), 1.02, 500)
+    grid = np.linspace(max(-1, np.quantile(everything, 0.002) - 0.05), 1, 500)
     labels = []
     for i, arm in enumerate(arms):
         colour, marker = arm_style(arm, arms)
@@ -174,7 +174,7 @@ def _cell(row: int, column: int, grid, image: np.ndarray) -> tuple[float, float]
     "The centre (x, y) of a grid cell in % of the image's width."
     return (column + 0.5) / grid[1] * 100, (row + 0.5) / grid[0] * 100 * image.shape[0] / image.shape[1]
 
-# %% ../nbs/23c_probe_figures.ipynb #f43ed024
+# %% ../nbs/23c_probe_figures.ipynb #0f7a0326
 @from_run
 def correspondence_pictures(run, used, prefix: str | None = None, kind: str = "patients", lines: int = 20) -> Figure:
     "Matches between two films (`kind` patients) or a film and its warped view (warp): the first example of each arm, at most `lines` mutual matches."
@@ -194,7 +194,7 @@ def correspondence_pictures(run, used, prefix: str | None = None, kind: str = "p
         pick = np.unique(np.linspace(0, len(pairs) - 1, min(lines, len(pairs))).round().astype(int)) if pairs else []
         for k, i in enumerate(pick):
             (xa, ya), (xb, yb) = _cell(*pairs[i][:2], e["grid_a"], a), _cell(*pairs[i][2:], e["grid_b"], b)
-            ax.plot([xa, xb + 100 + gap], [ya, yb], color=PALETTE[k % 7], linewidth=1.3, marker="o", markersize=4)
+            ax.plot([xa, xb + 100 + gap], [ya, yb], color=PALETTE[k % 7], linewidth=1.3, marker="o", markersize=5, markeredgecolor="white", markeredgewidth=0.6)
         ax.set(xlim=(0, 200 + gap), ylim=(100 * max(i.shape[0] / i.shape[1] for i in (a, b)), 0))
         ax.set_axis_off()
         ax.set_title(f"{arm_name(arm)}: {len(pick)} of {len(pairs)} mutual matches, cosine ≥ {e['threshold']}", fontsize=11.5)

@@ -147,16 +147,17 @@ def _summary(self) -> dict:
 
 Records.ids, Records.to_frame, Records.summary = property(_ids), _to_frame, _summary
 
-# %% ../nbs/02_records.ipynb #32f3e331
+# %% ../nbs/02_records.ipynb #950bb49f
 def _show(self, n: int = 12, columns: int = 4, seed: int | None = None):
     "A matplotlib Figure of `n` images with their boxes and landmarks: evenly spaced ones, or drawn with `seed`."
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
     n = min(n, len(self))
     if n == 0: raise AdamError(f"{self.name} has no records to show.")
     chosen = np.linspace(0, len(self) - 1, n).round().astype(int) if seed is None else np.sort(np.random.default_rng(seed).choice(len(self), n, replace=False))
     columns = min(columns, n); rows = -(-n // columns)
-    figure = Figure(figsize=(2.4*columns, 2.7*rows), layout="constrained")
-    for ax in (axes := figure.subplots(rows, columns, squeeze=False)).flat: ax.axis("off")
+    figure, axes = plt.subplots(rows, columns, figsize=(2.4*columns, 2.7*rows), dpi=80, layout="constrained", squeeze=False)
+    plt.close(figure)                                        # else a notebook shows it twice
+    for ax in axes.flat: ax.axis("off")
     for ax, i in zip(axes.flat, chosen):
         r = self[int(i)]; image = r.image()
         ax.imshow(image, cmap="gray", vmin=0, vmax=1, extent=(0, image.shape[1], image.shape[0], 0))

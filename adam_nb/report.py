@@ -167,11 +167,11 @@ def _figures(run: Run, *names: str) -> str:
     "The figures of these names, and of further probed data sets."
     return "".join(_svg(run, p) for p in figure_plan(run) if any(p.name == n or p.title.startswith(figures.FIGURES[n][0] + ", ") for n in names))
 
-# %% ../nbs/25_report.ipynb #bdd34c4e
+# %% ../nbs/25_report.ipynb #5ae609d2
 def _select(frame, kind: str, metric: str, task=None, shot=None):
     some = frame[(frame.kind == kind) & (frame.metric == metric) & frame.value.notna()]
     if task is not None: some = some[some.task == task]
-    return some if shot is None else some[some.shot == shot]
+    return some if shot is None else some[some.shot.isna() if shot == "all" else some.shot == shot]
 
 def verdict(
     run: Run,
@@ -201,7 +201,7 @@ def verdict(
     return [first + f" The difference is {d['mean'] * factor:+.{digits}f}{' points' if unit == ' %' else unit} (95 % interval {low:+.{digits}f} to {high:+.{digits}f}, {d['n_seeds']} pretraining seeds), "
             + ("which excludes zero." if low > 0 or high < 0 else "which includes zero: the order may be chance.")]
 
-# %% ../nbs/25_report.ipynb #ada61092
+# %% ../nbs/25_report.ipynb #20e77e0d
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
@@ -214,7 +214,7 @@ def _about(run: Run, album: _Album) -> str:
     updates = {a: sum(r["n"].get("updates") or 0 for r in pretraining(run, a, (seeds_of(run) or [0])[0])) for a in arms_of(run)}
     rows = [("Run", run.folder.resolve().name), ("Progress", f"{done} of {len(run.nodes)} nodes" if run.nodes else "no plan.json"), ("Arms", _listed(arm_name(a) for a in arms_of(run))),
             ("Pretraining data", _listed(f"{r['data'].get('name')}, n = {r['n'].get('train_images', r['data'].get('n'))} training images, hash {r['data'].get('hash')}" for r in trained)),
-            ("Judged on", _listed(f"{r['data'].get('name')} ({r['kind']}, n = {_main_n(r)})" for r in every if r["kind"] != "pretrain")),
+            ("Prepared images", _prepared(run)), ("Judged on", _listed(f"{r['data'].get('name')} ({r['kind']}, n = {_main_n(r)})" for r in every if r["kind"] != "pretrain")),
             ("Pretraining seeds", _listed(seeds_of(run))), ("Draws of labelled films", _listed(s for r in every for s in (r["seeds"].get("draw_seeds") or []))),
             ("Updates per arm", _listed(f"{arm_name(a)} {u}" for a, u in updates.items() if u)), ("Encoder", _listed(f"{r['config'].get('backbone')}" for r in trained)),
             ("Computing time", _duration(sum(r.get("wall_time_s") or 0 for r in every)) if every else ""), ("Machine", _listed(f"{r.get('platform')}, {r.get('cpu_threads')} threads" for r in every)),
@@ -227,9 +227,15 @@ def _about(run: Run, album: _Album) -> str:
     notes = dict.fromkeys(w for r in trained for w in r.get("warnings") or [])
     return body + (f"<h3>Warnings of the trainer</h3><ul>{''.join(f'<li>{_text(w)}</li>' for w in notes)}</ul>" if notes else "")
 
+def _prepared(run: Run) -> str:
+    "What `prepare.json` says of the data."
+    s = run.prepare.get("summary") or {}
+    splits = ", ".join(f"{k} {v.get('images')}" for k, v in (s.get("splits") or {}).items())
+    return f"{s.get('name')}, n = {s.get('images')} images of {s.get('patients')} patients" + (f" ({splits})" if splits else "") if s else ""
+
 def _main_n(r: dict): return next((r["n"][k] for k in ("test_images", "patches", "films", "cells") if r["n"].get(k) is not None), "?")
 
-# %% ../nbs/25_report.ipynb #9060be38
+# %% ../nbs/25_report.ipynb #6a4c3b9d
 def _says(*sentences: str) -> str:
     "Sentences as paragraphs, each once, in the order in which they were last said."
     return "".join(f'<p class="says">{_text(s)}</p>' for s in reversed(list(dict.fromkeys(reversed([s for s in sentences if s])))))
@@ -253,9 +259,9 @@ def _cutting(run: Run, album: _Album) -> str:
                                 + "The positive is then the most similar of all candidates, in % of cases: " + _listed(f"{arm_name(a)} {100 * _tail(run, a, 'accuracy'):.0f}" for a in arms) + ".")
     elif arms: sentences.append("No stage has pruned so far.")
     stage_pictures = "".join(album.picture(str(Path(r["_path"]).parent/name), f"{title} ({Path(r['_path']).parent})") for r in run.results if r["kind"] == "pretrain" for title, name in (r.get("pictures") or {}).items())
-    return _says(*sentences) + f'<div class="pair">{shown}</div>' + (f'<div class="pair">{stage_pictures}</div>' if stage_pictures else "") + _figures(run, "pruning")
+    return _says(*sentences) + f'<div>{shown}</div>' + (f'<div class="pair">{stage_pictures}</div>' if stage_pictures else "") + _figures(run, "pruning")
 
-# %% ../nbs/25_report.ipynb #1df2fb07
+# %% ../nbs/25_report.ipynb #9240a09d
 def _loss(run: Run, album: _Album) -> str:
     rows = {a: (_tail(run, a, "loss"), _tail(run, a, "chance")) for a in _trained_arms(run)}
     known = {a: v for a, v in rows.items() if all(map(math.isfinite, v))}
@@ -269,8 +275,7 @@ def _few(run: Run, album: _Album) -> str:
     said, frame = [], numbers(run) if points else None
     for task, channel in list(dict.fromkeys((p["task"], p["channel"]) for p in points))[:3]:
         shots = min((p["shots"] for p in points if (p["task"], p["channel"]) == (task, channel)), key=lambda k: math.inf if k == "all" else k)
-        whole = shots == "all"
-        said.extend(verdict(run, frame, "segment", ("all films/" if whole else "") + f"{channel}/dice_image", f"mean Dice of the {channel.replace('_', ' ')} with {'all' if whole else shots} labelled films ({task})", task=task, shot=None if whole else shots))
+        said.extend(verdict(run, frame, "segment", f"{channel}/dice_image", f"mean Dice of the {channel.replace('_', ' ')} with {shots} labelled films ({task})", task=task, shot=shots))
     pictures = {}
     for r in (r for r in run.results if r["kind"] == "segment" and r.get("pictures")):
         title, name = next(iter(r["pictures"].items()))
@@ -280,8 +285,8 @@ def _few(run: Run, album: _Album) -> str:
 def _classes(run: Run, album: _Album) -> str:
     some = [r for r in run.results if r["kind"] == "classify"]
     frame, said = numbers(run) if some else None, []
-    for task, method, share in list(dict.fromkeys((r.get("task"), one["method"], max(o["fraction"] for o in r["runs"])) for r in some for one in r.get("runs") or []))[:3]:
-        said.extend(verdict(run, frame, "classify", f"{method}/{share:g}/auroc_mean", f"mean AUROC in {task} ({figures._METHODS.get(method, method)}, {100 * share:.0f} % of the labels)", task=task, unit="", factor=1, digits=3))
+    for task, question in list(dict.fromkeys((p["task"], p["question"]) for p in figures.auroc_points(run) if "@" not in p["question"]))[:3]:
+        said.extend(verdict(run, frame, "classify", f"{question}/auroc_mean", f"mean AUROC in {task} ({figures.question_name(question)})", task=task, unit="", factor=1, digits=3))
     return _says(*said) + _figures(run, "auroc")
 
 # %% ../nbs/25_report.ipynb #1b15dd6c

@@ -31,7 +31,7 @@ class Run:
     plan: dict = field(default_factory=dict)                # plan.json as it is
     problems: dict[str, str] = field(default_factory=dict)  # file -> why it could not be read
 
-# %% ../nbs/23a_runs.ipynb #c2926e96
+# %% ../nbs/23a_runs.ipynb #d4ded19a
 _NO_RESULTS = {"cache", "checkpoints", "figures", "films", "notebooks", "params"}   # folders of a run without result JSONs
 
 def read_run(
@@ -48,9 +48,15 @@ def read_run(
         except (AdamError, OSError) as e:
             run.problems[str(name)] = str(e).replace(str(path), path.name)
             continue
-        if str(name) == "plan.json": run.plan, run.nodes = obj, obj.get("nodes", [])
-        elif str(name) == "prepare.json": run.prepare = obj
-        elif isinstance(obj, dict) and obj.get("schema") == 1 and obj.get("kind") in KINDS: run.results.append({**obj, "_path": str(name)})
+        if str(name) == "plan.json":
+            nodes = obj.get("nodes") if isinstance(obj, dict) else None
+            if isinstance(nodes, list) and all(isinstance(n, dict) and {"name", "notebook", "wiring", "output", "folder"} <= set(n) for n in nodes): run.plan, run.nodes = obj, nodes
+            else: run.problems[str(name)] = "plan.json is not a plan with nodes; start the run again, which writes it."
+        elif str(name) == "prepare.json": run.prepare = obj if isinstance(obj, dict) else {}
+        elif isinstance(obj, dict) and obj.get("schema") == 1 and obj.get("kind") in KINDS:
+            lacks = [k for k in ("arm", "seeds", "config", "data", "metrics", "n") if not isinstance(obj.get(k), str if k == "arm" else dict)]
+            if lacks: run.problems[str(name)] = f"{path.name} lacks {', '.join(lacks)}; delete it and run its node again."
+            else: run.results.append({**obj, "_path": str(name), "series": obj.get("series") or {}, "pictures": obj.get("pictures") or {}})
     return run
 
 # %% ../nbs/23a_runs.ipynb #581b4f5b
@@ -190,7 +196,7 @@ def curve(
         if len(x) and len(x) == len(y): xs.append(x); ys.append(y)
     return Curve(np.concatenate(xs), np.concatenate(ys), borders) if xs else Curve(borders=borders)
 
-# %% ../nbs/23a_runs.ipynb #03efe949
+# %% ../nbs/23a_runs.ipynb #66eb2c48
 _LANDMARKS = ("right_clavicle", "azygos_arch", "rib_6", "spinous_process", "left_clavicle", "pulmonary_artery", "rib_5", "right_diaphragm", "left_diaphragm", "end_of_thoracic_spine")
 
 def _invented_downstream(write, arm: str, a: int, seed: int, data: str, rng):
@@ -203,7 +209,7 @@ def _invented_downstream(write, arm: str, a: int, seed: int, data: str, rng):
     write("scr.json", "segment", arm, seed, {}, task=task, runs=runs, n={"test_images": 60}, config={"task": task, "steps": 60})
     marks = lambda v: {"auroc_mean": v, "auroc_mean_low": v - 0.05, "auroc_mean_high": v + 0.05, "auprc_mean": v - 0.3, "auroc": {"effusion": v, "mass": v - 0.1, "nodule": v + 0.05, "hernia": None}, "too_few": {"hernia": {"positive": 3, "negative": 57}}, "within": {}}
     write("findings.json", "classify", arm, seed, {}, task="findings_phantom" if "phantom" in data else "chestxray14", n={"test_images": 60}, runs=[
-        {"method": m, "fraction": f, "draw_seed": 0, "metrics": marks(min(0.95, base + 0.03 * a + 0.05 * f + rng.normal(0, 0.01))), "n": {"train_images": int(200 * f), "test_images": 60}} for m, base in (("finetune", 0.7), ("linear", 0.66)) for f in (0.1, 1.0)])
+        {"method": m, "fraction": f, "draw_seed": 0, "metrics": {m + ("" if f == 1 else f"@{f:g}"): marks(min(0.95, base + 0.03 * a + 0.05 * f + rng.normal(0, 0.01)))}, "n": {"train_images": int(200 * f), "test_images": 60}} for m, base in (("finetune", 0.7), ("linear", 0.66)) for f in (0.1, 1.0)])
     both = lambda v, w=0.03: lambda name: {name: v, f"{name}_low": v - w, f"{name}_high": v + w}
     block = lambda v: both(v - 0.5)("silhouette") | both(v)("knn1") | both(min(v + 0.05, 0.99))("linear_probe") | both(v - 0.1)("retrieval_map") | {"chance": 0.1, "largest_share": 0.1}
     n = {"patches": 400, "patients": 40, "landmarks": 10}

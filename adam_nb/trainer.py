@@ -350,5 +350,5 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     return 0
 
-# %% ../nbs/13e_trainer.ipynb #df342dc6
-if __name__ == "__main__": sys.exit(main())
+# %% ../nbs/13e_trainer.ipynb #10da8298
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())       # not in a notebook
