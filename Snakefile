@@ -1,9 +1,9 @@
 # The engine's view of a run: one rule per node of the plan. `adam_nb run PRESET` writes the plan and calls this file;
 # by hand: snakemake --cores 2 --config preset=demo   (with --executor slurm or kubernetes for a cluster)
 import sys
-from adam_nb.pipeline import plan, read_plan, write_plan
+from adam_nb.pipeline import read_plan, write_plan
 
-plan_path = config["plan"] if "plan" in config else write_plan(plan(config.get("preset", "demo"), config.get("overrides", []), config.get("name"))[0])
+plan_path = config["plan"] if "plan" in config else write_plan(config.get("preset", "demo"), config.get("overrides", []), config.get("name"))[0]
 nodes = read_plan(plan_path)
 
 rule all:

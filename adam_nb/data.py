@@ -117,7 +117,7 @@ def _phantom_fundus(root=None, n: int = 200, size: int = 256, seed: int = 0) -> 
     "Generated colour fundus photographs with masks."
     return _phantom_records("fundus", n, size, seed)
 
-# %% ../nbs/05_data.ipynb #67af7158
+# %% ../nbs/05_data.ipynb #00e19a8a
 def _start_worker(parent: int):
     signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C ends the parent, which ends the workers
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -149,7 +149,7 @@ def map_processes(
     desc: str = "",
 ) -> Iterator:
     "The results of `function` over `items`, in order."
-    from tqdm.auto import tqdm
+    from adam_nb.config import tqdm
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(cores, len(items)//16) if workers is None else workers
     results = _pool_map(function, items, workers) if workers > 1 else map(function, items)

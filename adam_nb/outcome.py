@@ -49,16 +49,16 @@ def load_init(
     if only is not None and state["stage"] != only: raise AdamError(f"init: {path} is the state after stage {state['stage'] - 1}, but only={only} follows stage {only - 1}; name that stage's folder.")
     return state
 
-# %% ../nbs/13d_outcome.ipynb #56fec9a3
+# %% ../nbs/13d_outcome.ipynb #a02cac5e
 def verify(config: PretrainConfig, state: dict, path: Path, only: int | None, init_digest: str | None):
     "`AdamError` when the checkpoint in the output folder belongs to another run."
     if state.get("format") != 1: raise AdamError(f"{path} was written by another version of this project; train into another folder.")
-    keys = differing(state["config"], essence(config)) + (["only"] if state["only"] != only else [])
+    keys = differing(state["config"], essence(config, only)) if state["only"] == only else ["only"]
     if keys: raise AdamError(f"{path.parent.parent} holds a run with another {' and '.join(keys)}; train into another folder, or delete this one to begin anew.")
     if init_digest is not None and state["init"] != init_digest:
         raise AdamError(f"{path.parent.parent} holds a run that began from another state than 'init' now is; train into another folder, or delete this one to begin anew.")
 
-# %% ../nbs/13d_outcome.ipynb #b3233c8a
+# %% ../nbs/13d_outcome.ipynb #8e901722
 @dataclass
 class PretrainResult:
     "Where the outcome of `pretrain` lies, and its numbers."
@@ -73,11 +73,9 @@ def artefacts(out: Path) -> tuple[Path, ...]:
     return out/"encoder.safetensors", out/"encoder_last.safetensors", out/"pretrain.json"
 
 def _card(config: PretrainConfig, state: dict, global_step: int) -> dict:
-    "What stands in the file beside the weights; the config is cut to the stages that were trained."
-    done = state["stage"]
-    cut = {k: v[:done] if isinstance(v, list) else v for k, v in state["config"].items() if k in ("stages", "steps", "epochs")}
+    "What stands in the file beside the weights; the config ends with the stage that was trained last."
     return {"backbone": config.backbone, "in_channels": config.in_channels, "view_size": config.view_size, "global_step": global_step,
-            "config": {**state["config"], **cut}, "data": state["data"]}
+            "config": essence(config, state["stage"] - 1), "data": state["data"]}
 
 def _encoder(config: PretrainConfig, weights: dict):
     encoder = create_encoder(config.backbone, config.in_channels, seed=0)

@@ -12,14 +12,19 @@ from pathlib import Path
 from .config import AdamError, project_root, read_yaml
 from .plan import Node, plan, preset_folder, preset_names, write_params
 
-# %% ../nbs/28_pipeline.ipynb #4d2fb7f7
-def write_plan(nodes: list[Node]) -> Path:
-    "Write parameter files and `plan.json` for `nodes`; return the plan's path, relative to the project root."
+# %% ../nbs/28_pipeline.ipynb #3fa42e5c
+def write_plan(
+    preset: str,                       # a folder below params/
+    overrides: list[str] = (),         # key=value
+    run: str | None = None,            # output folder below outputs/; default: the preset's name
+) -> tuple[Path, list[str]]:
+    "Plan a run and write its parameter files and `plan.json`; returns the plan's path, relative to the project root, and remarks on what is left out."
     from adam_nb.results import write_json
+    nodes, remarks = plan(preset, list(overrides), run)
     write_params(nodes)
     path = Path(nodes[0].folder)/"plan.json"
-    write_json(project_root()/path, {"nodes": [dataclasses.asdict(n) for n in nodes]})
-    return path
+    write_json(project_root()/path, {"preset": preset, "overrides": list(overrides), "remarks": remarks, "nodes": [dataclasses.asdict(n) for n in nodes]})
+    return path, remarks
 
 def read_plan(path: str | os.PathLike) -> list[Node]:
     "The nodes of a `plan.json`."
@@ -65,12 +70,17 @@ def run_node(
     print(f"    {node.output} ({time.time() - t0:.0f} s)", file=sys.stderr, flush=True)
     if node.notebook != "report": refresh_report(node.folder)
 
-# %% ../nbs/28_pipeline.ipynb #e0171d5c
-def refresh_report(folder: str):
-    "Write the report of a run's folder from the results that are there so far."
+# %% ../nbs/28_pipeline.ipynb #1122a86d
+def refresh_report(
+    folder: str,           # a run's folder, relative to the project root
+    every: float = 30.0,   # seconds that a report stays as it is
+):
+    "Write `report_so_far.html` of a run from the results that are there, unless it is younger than `every`."
+    path = project_root()/folder/"report_so_far.html"
+    first = not path.is_file()
+    if not first and time.time() - path.stat().st_mtime < every: return
     from adam_nb.report import write_report
-    first = not (project_root()/folder/"report_so_far.html").is_file()
-    path = write_report(project_root()/folder, project_root()/folder/"report_so_far.html")
+    write_report(project_root()/folder, path)
     if first: print(f"    first picture: {path}", file=sys.stderr, flush=True)
 
 # %% ../nbs/28_pipeline.ipynb #9d217abb
@@ -81,7 +91,7 @@ def _engine(plan_path: Path, cores: int, extra: list[str]) -> int:
                "--config", f"plan={plan_path}", "--quiet", "all", *extra]
     return subprocess.run(command, cwd=root).returncode
 
-# %% ../nbs/28_pipeline.ipynb #d3b64dd7
+# %% ../nbs/28_pipeline.ipynb #f41c8046
 def run(
     preset: str,                       # a folder below params/
     overrides: list[str] = (),         # key=value
@@ -91,9 +101,9 @@ def run(
 ) -> Path:
     "Run all of a preset that is not up to date; returns the report's path. `AdamError` when a node fails."
     root = project_root()
-    nodes, remarks = plan(preset, list(overrides), name)
+    path, remarks = write_plan(preset, overrides, name)
+    nodes = read_plan(path)
     for r in remarks: print(r, file=sys.stderr)
-    path = write_plan(nodes)
     if (root/".snakemake"/"locks").is_dir() and any((root/".snakemake"/"locks").iterdir()) and "--unlock" not in engine:
         raise AdamError("Another run is at work in this checkout, or one was killed and left its lock. If none is running: adam_nb unlock.")
     code = _engine(path, cores or os.cpu_count() or 1, ["--rerun-incomplete", *engine])

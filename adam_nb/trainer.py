@@ -72,11 +72,11 @@ class Run:
         "The images of this run, as results name them."
         return {"name": self.config.data, "hash": self.cache.hash, "n": len(self.cache)}
 
-# %% ../nbs/13e_trainer.ipynb #689fc0f1
+# %% ../nbs/13e_trainer.ipynb #1f12282f
 def snapshot(run: Run) -> dict:
     "All that the next update depends on, as plain values and tensors."
     at = run.at
-    return {"format": 1, "config": essence(run.config), "only": run.only, "init": run.init_digest, "data": run.data, "threads": torch.get_num_threads(),
+    return {"format": 1, "config": essence(run.config, run.only), "only": run.only, "init": run.init_digest, "data": run.data, "threads": torch.get_num_threads(),
             "stage": at.stage, "step": at.step, "global_step": at.global_step, "seconds": at.seconds, "best": at.best, "pending": at.pending, "levels": at.levels,
             "finished": at.stage >= run.end, "n_train": len(run.train), "n_val": 0 if run.val is None else len(run.val),
             "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict() if run.optimizer and at.step else None,

@@ -105,13 +105,11 @@ def test_torn_checkpoint(tmp_path, film):
     refused(command("embed", tmp_path/"torn.safetensors", film), "torn.safetensors")
 
 def test_missing_upstream_result(tmp_path):
-    from adam_nb.pipeline import write_plan
-    from adam_nb.plan import plan
+    from adam_nb.pipeline import read_plan, write_plan
     run = f"never-{os.getpid()}"
-    nodes, _ = plan("smoke", run=run)
     try:
-        path = write_plan(nodes)
-        last = [n for n in nodes if n.notebook == "pretrain"][-1]
+        path, _ = write_plan("smoke", run=run)
+        last = [n for n in read_plan(path) if n.notebook == "pretrain"][-1]
         refused(command("node", path, last.name), last.name, "prepare")
     finally:
         import shutil
