@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SMALLEST', 'pyramid_sizes', 'shrink', 'pyramid', 'fov_box', 'decode', 'estimate_bytes', 'Cache', 'prepare']
 
-# %% ../nbs/06_cache.ipynb #c480e1f4
-import contextlib, datetime, errno, functools, hashlib, os, shutil
+# %% ../nbs/06_cache.ipynb #1f79966a
+import datetime, errno, functools, hashlib, os, shutil
 from functools import cached_property
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def _histogram(level0: np.ndarray) -> np.ndarray: return np.stack([np.bincount(c
 def _digest(pixels, shape) -> bytes: return hashlib.blake2b(repr(tuple(int(s) for s in shape)).encode() + bytes(pixels), digest_size=16).digest()
 def _length(height: int, width: int, channels: int) -> int: return channels*sum(h*w for h, w in pyramid_sizes(height, width))
 
-# %% ../nbs/06_cache.ipynb #d036fc7c
+# %% ../nbs/06_cache.ipynb #5c2c197d
 _LINE = np.dtype([("key", "V16"), ("offset", "<i8"), ("size", "<i4", 2), ("crop", "<i4", 4), ("digest", "V16")])
 
 def _keys(records: Records) -> list[bytes]:
@@ -92,17 +92,18 @@ class _Partial:
             for name in ("journal.bin", "pixels.bin"): (path/name).unlink(missing_ok=True)
             write_json(path/"recipe.json", recipe)
         self._read_journal()
-        self.pixels, self.journal = open(path/"pixels.bin", "ab"), open(path/"journal.bin", "wb")
-        for line in self.lines.values(): self.journal.write(line.tobytes())
-        self.journal.flush()
+        (path/"journal.new").write_bytes(b"".join(line.tobytes() for line in self.lines.values()))
+        os.replace(path/"journal.new", path/"journal.bin")           # a kill in between leaves the old one
+        self.pixels, self.journal = open(path/"pixels.bin", "ab"), open(path/"journal.bin", "ab")
 
     def _lock(self):
         "Two processes must not write one cache; the lock falls with the process."
+        self.lock = None
+        try: import fcntl
+        except ImportError: return                                   # Windows has none
         self.lock = open(self.path/"lock", "w")
-        with contextlib.suppress(ImportError):           # no fcntl on Windows
-            import fcntl
-            try: fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)     # not flock: forked workers would inherit it and keep it
-            except OSError: raise AdamError(f"Another process is preparing the cache in {self.path}; wait for it, or end it.") from None
+        try: fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # not flock: forked workers would inherit it and keep it
+        except OSError: raise AdamError(f"Another process is preparing the cache in {self.path}; wait for it, or end it.") from None
 
     def _read_journal(self):
         "Keep the lines whose pixels are there and match their digest."
@@ -124,19 +125,32 @@ class _Partial:
         self.journal.write(line.tobytes()); self.journal.flush()
         self.lines[key], self.histograms[key] = line[()], found["histogram"]
 
-    def close(self):
-        for f in (self.pixels, self.journal, self.lock): f.close()
+    def rename(self, out: Path):
+        "Give the finished folder its name, under the lock; an older cache of that name goes. The journal goes last: a kill before loses nothing."
+        self.pixels.close(); self.journal.close()
+        old = out.with_name(f".{out.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists(): os.rename(out, old)
+        os.rename(self.path, out)
+        for name in ("journal.bin", "recipe.json", "lock"): (out/name).unlink(missing_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/06_cache.ipynb #85e05d44
+    def close(self):
+        for f in (self.pixels, self.journal, self.lock):
+            if f: f.close()
+
+# %% ../nbs/06_cache.ipynb #b3ce89d6
 def _statistics(histogram: np.ndarray) -> dict:
     "mean, std and percentiles in [0, 1] of each channel, from counts (channels, 256)."
-    values, share = np.arange(256)/255, histogram/histogram.sum(1, keepdims=True)
+    values, total = np.arange(256)/255, histogram.sum(1, keepdims=True)
+    share, counts = histogram/total, np.cumsum(histogram, 1)
     mean = share @ values
     std = np.sqrt(np.maximum(share @ values**2 - mean**2, 0))
-    at = {str(p): [float(values[min(np.searchsorted(c, p/100), 255)]) for c in np.cumsum(share, 1)] for p in (0, 1, 5, 25, 50, 75, 95, 99, 100)}
+    rank = lambda p, n: max(1, -(-p*n//100))                # of n sorted pixels, the one with p % at or below it; 0: the smallest
+    at = {str(p): [float(values[np.searchsorted(c, rank(p, c[-1]))]) for c in counts] for p in (0, 1, 5, 25, 50, 75, 95, 99, 100)}
     return {"mean": mean.tolist(), "std": std.tolist(), "percentiles": at}
 
-# %% ../nbs/06_cache.ipynb #bacf7d14
+# %% ../nbs/06_cache.ipynb #689b664e
 def _finish(partial: _Partial, records: Records, keys: list[bytes], recipe: dict, broken: list[dict]) -> dict:
     "Write the tables and the manifest of the complete images, in the order of the records."
     kept = [i for i, k in enumerate(keys) if k in partial.lines]
@@ -148,7 +162,7 @@ def _finish(partial: _Partial, records: Records, keys: list[bytes], recipe: dict
     names, counts = np.unique(np.array(text["splits"]), return_counts=True)
     manifest = {"hash": h, **recipe, "n": len(kept), "patients": len(set(text["patients"])), "splits": {str(n): int(c) for n, c in zip(names, counts)},
                 "root": records.root, "options": records.options, "pixels": _statistics(sum(partial.histograms[keys[i]].astype(np.int64) for i in kept)),
-                "broken": broken, "newest": records.newest(), "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+                "broken": broken, "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     partial.pixels.flush(); os.fsync(partial.pixels.fileno())
     write_json(partial.path/"manifest.json", manifest)
     return manifest
@@ -243,29 +257,20 @@ def _records(self, root: str | os.PathLike | None = None) -> Records:
 
 Cache.indices, Cache.records = _indices, _records
 
-# %% ../nbs/06_cache.ipynb #062d9c2b
-def _reuse(out: Path, recipe: dict, newest: float, skip_broken: bool) -> Cache | None:
+# %% ../nbs/06_cache.ipynb #af50edf9
+def _reuse(out: Path, recipe: dict, skip_broken: bool) -> Cache | None:
     "The cache in `out` if it is what is asked for."
     if not (out/"manifest.json").is_file(): return None
     manifest = read_json(out/"manifest.json")
-    equal = all(manifest.get(k) == v for k, v in recipe.items()) and newest <= manifest["newest"]
+    equal = all(manifest.get(k) == v for k, v in recipe.items())
     return Cache(out) if equal and (skip_broken or not manifest["broken"]) else None
-
-def _replace(partial: Path, out: Path):
-    "Give the finished folder its name; an older cache of that name goes."
-    for name in ("journal.bin", "recipe.json", "lock"): (partial/name).unlink(missing_ok=True)
-    old = out.with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists(): os.rename(out, old)
-    os.rename(partial, out)
-    shutil.rmtree(old, ignore_errors=True)
 
 def _refuse_broken(broken: list[dict], n: int, skip: bool):
     "`AdamError` that names every broken image, unless they may be skipped and others are left."
     if broken and (not skip or len(broken) == n):
         raise AdamError(f"{len(broken)} of {n} images are broken: " + " | ".join(b["why"] for b in broken) + (" — mend or remove them, or set skip_broken=True." if len(broken) < n else " — no image is left."))
 
-# %% ../nbs/06_cache.ipynb #7ebfc3d1
+# %% ../nbs/06_cache.ipynb #d9989fed
 def prepare(
     records: Records,
     out: str | os.PathLike,      # folder of the cache; an older cache there is replaced
@@ -284,18 +289,19 @@ def prepare(
     if not len(records): raise AdamError("There are no records to prepare a cache from.")
     if out.exists() and not (out/"manifest.json").is_file() and (out.is_file() or any(out.iterdir())): raise AdamError(f"{out} exists and is not a cache; choose another folder.")
     recipe = {"schema": 1, "name": records.name, "size": int(size), "channels": channels, "crop": crop, "smallest_side": SMALLEST}
-    whole = {**recipe, "fingerprint": records.fingerprint()}
-    if (ready := _reuse(out, whole, records.newest(), skip_broken)) is not None: return ready
+    keys = _keys(records)
+    whole = {**recipe, "fingerprint": records.fingerprint(), "sources": hashlib.blake2b(b"".join(keys), digest_size=8).hexdigest()}
+    if (ready := _reuse(out, whole, skip_broken)) is not None: return ready
     partial = _Partial(out.with_name(f".{out.name}.partial"), recipe)
     try:
-        broken = _fill(partial, records, keys := _keys(records), size, channels, crop, workers, progress)
+        broken = _fill(partial, records, keys, size, channels, crop, workers, progress)
         _refuse_broken(broken, len(records), skip_broken)
         _finish(partial, records, keys, whole, broken)
+        partial.rename(out)
     except OSError as e:
         if e.errno == errno.ENOSPC: raise AdamError(f"The disk of {out} is full; free some space and run this again: it goes on where it stopped.") from None
         raise
     finally: partial.close()
-    _replace(partial.path, out)
     return Cache(out)
 
 def _fill(partial: _Partial, records, keys, size, channels, crop, workers, progress) -> list[dict]:

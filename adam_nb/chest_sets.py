@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['FINDINGS14', 'SCR_MASKS', 'SCR_LANDMARKS', 'chestxray14', 'scr']
 
-# %% ../nbs/04c_chest_sets.ipynb #a20c3c4b
+# %% ../nbs/04c_chest_sets.ipynb #cbf06272
 import csv, os, re
 from pathlib import Path
 
 import numpy as np
 
 from .config import AdamError, nearest
-from .images import image_size
 from .layouts import check_fractions, file_record, find_files, need_folder, read_list, read_table, register
 from .records import Record, Records, split_by_patient
 
@@ -36,7 +35,7 @@ def _findings(text: str, where: str) -> dict[str, float]:
         elif "|" in text: raise AdamError(f"{where} has both 'No Finding' and findings ('{text}'); mend that row.")
     return labels
 
-# %% ../nbs/04c_chest_sets.ipynb #cdeac644
+# %% ../nbs/04c_chest_sets.ipynb #73f13a83
 def _read_boxes(path: Path) -> dict[str, list[tuple[str, np.ndarray]]]:
     "image name -> [(finding, (y0, x0, y1, x1) in the 1024² film)] from BBox_List_2017.csv."
     out: dict[str, list] = {}
@@ -47,7 +46,9 @@ def _read_boxes(path: Path) -> dict[str, list[tuple[str, np.ndarray]]]:
             name, finding, (x, y, w, h) = row[0], row[1].strip(), map(float, row[2:6])
         except ValueError: raise AdamError(f"{path}: row {n} is not 'image, finding, x, y, width, height'; mend the row or remove the file (boxes are optional).") from None
         if not (w > 0 and h > 0): raise AdamError(f"{path}: row {n} has a box of width {w:g} and height {h:g}; mend the row or remove the file (boxes are optional).")
-        out.setdefault(name, []).append(("Infiltration" if finding == "Infiltrate" else finding, np.array([y, x, y + h, x + w])))
+        finding = "Infiltration" if finding == "Infiltrate" else finding
+        if finding not in FINDINGS14: raise AdamError(f"{path}: row {n} has the unknown finding '{finding}'.{nearest(finding, FINDINGS14)} Mend the row or remove the file (boxes are optional).")
+        out.setdefault(name, []).append((finding, np.array([y, x, y + h, x + w])))
     return out
 
 def _scaled(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -97,7 +98,7 @@ def _table14(root: Path) -> tuple[Path, list[tuple[str, ...]]]:
 
 def _patient14(text: str) -> str: return f"{int(text):08d}" if text.isdigit() else text
 
-# %% ../nbs/04c_chest_sets.ipynb #98529beb
+# %% ../nbs/04c_chest_sets.ipynb #f15cfd4c
 def _add_boxes(records: list[Record], path: Path, notes: list[str]):
     "Boxes for the records whose images have some; an image whose header cannot be read gets none, and a note."
     boxes = _read_boxes(path)
@@ -122,13 +123,15 @@ def chestxray14(
     if split_by not in (None, "official", "stratified"): raise AdamError(f"split_by is {split_by!r}.{nearest(split_by, ['official', 'stratified'])}")
     if not 0 <= val_fraction < 1: raise AdamError(f"val_fraction is {val_fraction!r}, but must lie in [0, 1).")
     table, rows = _table14(root)
-    files = {os.path.basename(p): p for p in find_files(root, (".png", ".jpg", ".jpeg"))}
+    found = find_files(root, (".png", ".jpg", ".jpeg"))
+    files = {os.path.basename(p): p for p in reversed(found)}     # of several copies the first
     records = [file_record(files[image], _patient14(patient), labels=_findings(findings, f"{table}, {image},"),
                            extra={"view": view.upper(), "age": _age(age), "sex": sex.upper(), "follow_up": int(follow) if follow.isdigit() else None})
                for image, findings, follow, patient, age, sex, view in rows if image in files]
     if not records: raise AdamError(f"None of the {len(rows)} images that {table} names is below {root}; put them into {root/'images'}.")
     both = all((root/f).is_file() for f in _LISTS.values()) or all((root/f).is_file() for f in _LISTS_WITH_VAL.values())
     notes = _official(records, root, val_fraction, seed) if split_by == "official" or (split_by is None and both) else _stratified(records, fractions, seed)
+    if (copies := len(found) - len(files)): notes.append(f"{copies} images lie in {root} more than once; the first copy in the order of paths is used.")
     if (root/"BBox_List_2017.csv").is_file(): _add_boxes(records, root/"BBox_List_2017.csv", notes)
     named = {row[0] for row in rows}
     return Records(records, label_names=FINDINGS14, notes=notes, missing=sorted(named - files.keys()), unused=sorted(files[n] for n in files.keys() - named))
@@ -174,7 +177,7 @@ def _scr_landmarks(files: dict[str, str], size: tuple[int, int]) -> dict[str, tu
             out[name] = ((x + .5)*size[1]/1024, (y + .5)*size[0]/1024)
     return out
 
-# %% ../nbs/04c_chest_sets.ipynb #f2c1e179
+# %% ../nbs/04c_chest_sets.ipynb #43042f66
 @register("scr", "SCR")
 def scr(
     root,
@@ -191,10 +194,9 @@ def scr(
         fold = folds.get(id, "fold1" if int(id[-3:]) % 2 else "fold2")
         record = file_record(path, id, masks=masks.get(id), split="train" if fold == "fold1" else "test", labels={"Nodule": float(id[3] == "L")})
         if id in contours:
-            try: record.landmarks.update(_scr_landmarks(contours[id], image_size(path)))
-            except AdamError as e:
-                if str(path) not in str(e): raise
-                notes.append(f"No landmarks for an image that cannot be read: {e}")
+            try: size = record.size
+            except AdamError as e: notes.append(f"No landmarks for an image that cannot be read: {e}")
+            else: record.landmarks.update(_scr_landmarks(contours[id], size))
         records.append(record)
     if not masks: notes.append(f"There is no mask below {root}; put the SCR folder 'scratch' there to have them.")
     elif (short := [i for i in films if len(masks.get(i, ())) < 5]): notes.append(f"{len(short)} films lack some of the five masks: {', '.join(sorted(short)[:5])}{' …' if len(short) > 5 else ''}.")

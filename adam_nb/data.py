@@ -74,7 +74,7 @@ def _chest_facts(seed: int, index: int) -> tuple[dict, dict, dict]:
     patient = p.new_patient(build, enlarged=bool(labels["cardiomegaly"]))
     return labels, {k: tuple(float(v) for v in p.place(patient, at)) for k, at in p.landmarks(patient).items()}, {"view": "AP" if patient.bedside else "PA", "sex": "F" if patient.female else "M"}
 
-# %% ../nbs/05_data.ipynb #8be9de9a
+# %% ../nbs/05_data.ipynb #da601b6f
 @lru_cache(maxsize=20_000)
 def _fundus_facts(seed: int, index: int) -> tuple[dict, dict, dict]:
     "The same of a fundus phantom."
@@ -94,8 +94,9 @@ def _fundus_masks() -> list[str]:
 _PHANTOMS = {"chest": (_chest_facts, _chest_masks, 1), "fundus": (_fundus_facts, _fundus_masks, 3)}
 
 def _phantom_records(kind: str, n: int, size: int, seed: int) -> Records:
-    for key, value, low in (("n", n, 1), ("size", size, 64), ("seed", seed, 0)):
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < low: raise AdamError(f"phantom_{kind}: {key} is {value!r}, but must be an integer of at least {low}.")
+    from adam_nb.phantom import check_request
+    if not isinstance(n, (int, np.integer)) or isinstance(n, bool) or n < 1: raise AdamError(f"phantom_{kind}: n is {n!r}, but must be an integer of at least 1.")
+    check_request(seed, 0, size)
     facts, mask_names, channels = _PHANTOMS[kind]
     records, masks = [], mask_names()
     for i in range(n):
@@ -155,7 +156,7 @@ def map_processes(
     results = _pool_map(function, items, workers) if workers > 1 else map(function, items)
     yield from tqdm(results, total=len(items), desc=desc, disable=not progress, leave=False)
 
-# %% ../nbs/05_data.ipynb #f1bb3a13
+# %% ../nbs/05_data.ipynb #daee3584
 def _look(record: Record, full: bool) -> dict:
     "What can be said about one record without the others."
     out: dict = {"path": record.path, "why": None, "size": None, "masks": [], "bad_masks": [], "digest": None, "flat": False, "mirrored": False}
@@ -166,7 +167,8 @@ def _look(record: Record, full: bool) -> dict:
             out["digest"], out["flat"] = hashlib.blake2b(image.tobytes(), digest_size=12).hexdigest(), bool(image.min() == image.max())
             if image.shape[:2] != out["size"]: out["why"] = f"{record.path} has {image.shape[0]} x {image.shape[1]} pixels, but its header says {out['size'][0]} x {out['size'][1]}."
     except AdamError as e: out["why"] = str(e)
-    found = record.load_masks() if record.load_masks else {}
+    try: found = record.load_masks() if record.load_masks else {}
+    except AdamError as e: found = {}; out["bad_masks"].append(str(e))
     out["masks"] = list(found)
     columns = {}
     for name in found if full and out["why"] is None else ():
@@ -176,28 +178,29 @@ def _look(record: Record, full: bool) -> dict:
     out["mirrored"] = "left_lung" in columns and "right_lung" in columns and columns["left_lung"] < columns["right_lung"]
     return out
 
-# %% ../nbs/05_data.ipynb #0b97e9ae
-def _duplicates(records: Records, looks: list[dict]) -> tuple[list[list[str]], int]:
-    "Groups of identical pictures, and how many of the groups are in more than one split."
+# %% ../nbs/05_data.ipynb #525ba349
+def _duplicates(records: Records, looks: list[dict]) -> tuple[list[list[str]], list[list[str]]]:
+    "Groups of identical pictures (their paths), and those of the groups that are in more than one split."
     groups = defaultdict(list)
     for record, look in zip(records, looks):
         if look["digest"]: groups[look["digest"]].append(record)
     groups = [g for g in groups.values() if len(g) > 1]
-    return [[r.path for r in g] for g in groups], sum(len({r.split for r in g if r.split}) > 1 for g in groups)
+    leaking = [g for g in groups if len({r.split for r in g if r.split}) > 1]
+    return [[r.path for r in g] for g in groups], [[r.path for r in g] for g in leaking]
 
 def _some(items: Sequence, n: int = 20) -> dict: return {"count": len(items), "first": list(items[:n])}
 
-def _problems(report: dict, across: int) -> list[str]:
+def _problems(report: dict, leaking: list[list[str]]) -> list[str]:
     "Why the data set is not usable as it is, one sentence each."
     out, bad = [], report["unreadable"]
     if bad: out.append(f"{len(bad)} of {report['images']} images cannot be read, the first: {bad[0]['why']}")
-    if report["bad_masks"]: out.append(f"{len(report['bad_masks'])} masks cannot be used, the first: {report['bad_masks'][0]}")
-    if report["leaks"]: out.append(f"{len(report['leaks'])} patients are in more than one split: {', '.join(report['leaks'][:5])}{' …' if len(report['leaks']) > 5 else ''}; use a patient-wise split.")
-    if across: out.append(f"{across} pictures are in more than one split under different names, the first: {', '.join(report['duplicates']['first'][0])}; remove the copies.")
-    if report["mirrored"]["count"]: out.append(f"In {report['mirrored']['count']} images left_lung lies image-left of right_lung, the first: {report['mirrored']['first'][0]}; left must be the patient's left: the images are mirrored, or the masks are swapped.")
+    if report["bad_masks"]: out.append(f"{len(report['bad_masks'])} of {sum(report['masks'].values())} masks cannot be used, the first: {report['bad_masks'][0]}")
+    if report["leaks"]: out.append(f"{len(report['leaks'])} of {report['patients']} patients are in more than one split: {', '.join(report['leaks'][:5])}{' …' if len(report['leaks']) > 5 else ''}; use a patient-wise split.")
+    if (across := len(leaking)): out.append(f"Pictures that are in more than one split under different names: {across}, the first: {', '.join(leaking[0])}; remove the copies.")
+    if report["mirrored"]["count"]: out.append(f"In {report['mirrored']['count']} of {report['images']} images left_lung lies image-left of right_lung, the first: {report['mirrored']['first'][0]}; left must be the patient's left: the images are mirrored, or the masks are swapped.")
     return out
 
-# %% ../nbs/05_data.ipynb #d37e3b33
+# %% ../nbs/05_data.ipynb #1bb2881d
 def check(
     name: str,
     root: str | os.PathLike | None = None,
@@ -225,15 +228,19 @@ def check(
     report["unreadable"] = [{"path": look["path"], "why": look["why"]} for look in looks if look["why"]]
     report["bad_masks"] = [why for look in looks for why in look["bad_masks"]]
     report["leaks"], report["missing"], report["unused"] = leak_check(records), _some(records.missing), _some(records.unused)
-    groups, across = _duplicates(records, looks)
+    groups, leaking = _duplicates(records, looks)
     report["duplicates"] = _some(groups)
     report["flat"], report["mirrored"] = (_some([look["path"] for look in looks if look[k]]) for k in ("flat", "mirrored"))
-    report["problems"] = _problems(report, across)
+    report["problems"] = _problems(report, leaking)
     report["usable"] = not report["problems"]
     return report
 
-# %% ../nbs/05_data.ipynb #01510ad1
-def _counts(values: dict) -> str: return ", ".join(f"{k} {v}" for k, v in values.items()) or "none"
+# %% ../nbs/05_data.ipynb #41053c1a
+def _counts(values: dict) -> str:
+    "'heart, left_lung 12 each; vessel 3' of counts; 'none' of an empty dictionary."
+    groups = defaultdict(list)
+    for name, n in values.items(): groups[n].append(name)
+    return "; ".join(f"{', '.join(names)} {n}{' each' if len(names) > 1 else ''}" for n, names in groups.items()) or "none"
 
 def format_check(report: dict) -> str:
     "The report as text for a terminal."
@@ -242,14 +249,15 @@ def format_check(report: dict) -> str:
     if report["images"]:
         s = report["sizes"]
         shape = "size unknown" if s is None else " x ".join(map(str, s["largest"])) if s["distinct"] == 1 else f"{s['distinct']} sizes, {s['smallest'][0]} x {s['smallest'][1]} to {s['largest'][0]} x {s['largest'][1]}"
-        lines.append(f"  images      {report['images']} of {report['patients']} patients; {shape}; {' and '.join({1: 'grey', 3: 'colour'}[c] for c in report['channels'])}; {'all decoded' if report['full'] else 'headers read'}")
-        lines.append("  splits      " + ", ".join(f"{k} {v['images']} ({v['patients']} patients)" for k, v in report["splits"].items()))
+        lines.append(f"  images      {report['images']} of {report['patients']} patient{'s'[:report['patients'] != 1]}; {shape}; {' and '.join({1: 'grey', 3: 'colour'}[c] for c in report['channels'])}; {'all decoded' if report['full'] else 'headers read' if report['root'] else 'generated, none drawn'}")
+        lines.append("  splits      " + ", ".join(f"{k} {v['images']} ({v['patients']} patient{'s'[:v['patients'] != 1]})" for k, v in report["splits"].items()))
         lines.append("  labels      " + (", ".join(f"{k} {v['positive']}+ {v['negative']}-" + (f" {v['unknown']}?" if v["unknown"] else "") for k, v in report["labels"].items()) or "none"))
         lines += [f"  {k:11s} {_counts(report[k])}" for k in ("masks", "boxes", "landmarks")]
-        lines += [f"  unreadable  {u['why']}" for u in report["unreadable"]]
-        for key, what in (("missing", "images are named by a list and absent"), ("unused", "images are there and named by no list"), ("duplicates", "pictures occur more than once"), ("flat", "images have one single value")):
+        lines += [f"  unreadable  {u['why']}" for u in report["unreadable"][:20]]
+        if (more := len(report["unreadable"]) - 20) > 0: lines.append(f"  unreadable  ... and {more} more; the report as JSON names them all")
+        for key, what in (("missing", "images that a list names and that are absent"), ("unused", "images that no list names"), ("duplicates", "pictures that occur more than once"), ("flat", "images of one single value")):
             if report[key]["count"]:
                 first = report[key]["first"][0]
-                lines.append(f"  {key:11s} {report[key]['count']} {what}, such as {first if isinstance(first, str) else ' = '.join(first)}")
+                lines.append(f"  {key:11s} {what}: {report[key]['count']}, such as {first if isinstance(first, str) else ' = '.join(first)}")
     lines += [f"  note        {n}" for n in report["notes"]]
     return "\n".join(lines)

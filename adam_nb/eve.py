@@ -77,7 +77,7 @@ def weights_hash(encoder) -> str:
         h.update(value.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/14_eve.ipynb #56674523
+# %% ../nbs/14_eve.ipynb #777eade2
 class Eve:
     "An encoder in evaluation mode with its card: `embed`, `embed_image`, `embed_patches`, `dense`, `save`. Vectors are float32 tensors on the CPU."
     def __init__(self, encoder, card: dict | None = None, device: str | None = None):
@@ -147,7 +147,7 @@ class Eve:
         level: int | None = None,              # level whose part gets the view size; None: the last trained, else one part = one cell
         batch_size: int = 64,
     ) -> torch.Tensor:
-        "Vectors `(rows, cols, dim)`. `forward` pools one feature map; zero padding leaks position into it, patches are free of that."
+        "Vectors `(rows, cols, dim)`. `forward` pools one feature map: zero padding leaks position into it, and a ResNet's features lie about half a feature step up and left of their cells; patches are free of both."
         rows, cols = (int(g) for g in grid)
         x = _to_tensor(image)
         cells = grid_boxes(*x.shape[-2:], rows, cols)

@@ -204,10 +204,10 @@ def numbers(run: Run):
     from adam_nb.compare import collect
     return collect([r for r in run.results if r["kind"] != "pretrain"])
 
-# %% ../nbs/24_figures.ipynb #7a4bef4a
+# %% ../nbs/24_figures.ipynb #e37bc5cf
 _HEADLINES = [  # kind, pattern of the metric, words, factor to the unit in the words, +1 if larger is better
     ("segment", r"(?P<what>[^/]+)/dice_image", "Dice, {what}, {shot} films (points)", 100, 1), ("classify", r"(?P<what>[^/]+)/auroc_mean", "AUROC, {what} (points)", 100, 1),
-    ("locality", r"silhouette", "landmark silhouette (points)", 100, 1), ("locality", r"knn1", "landmark 1-NN (points)", 100, 1),
+    ("locality", r"silhouette", "landmark silhouette (−1 … 1)", 1, 1), ("locality", r"knn1", "landmark 1-NN (points)", 100, 1),
     ("compositionality", r"own_vs_other_auc", "own-parts AUC (points)", 100, 1), ("compositionality", r"same_place_auc", "own-parts AUC, same place (points)", 100, 1),
     ("correspondence", r"transfer/median_error", "landmark error (% of the width)", 1, -1), ("correspondence", r"warp/median_error", "warped-view error (% of the width)", 1, -1),
 ]
@@ -217,7 +217,7 @@ def comparisons(
     target: str | None = None,     # the arm that the others are set against; default adam, else the last trained one
 ) -> list[dict]:
     "Paired differences target − other of the headline numbers: what `compare.paired_difference` returns, plus label, factor (to the label's unit), better (+1 or −1), other, target, sources."
-    from adam_nb.compare import paired_difference
+    from adam_nb.compare import Unpaired, paired_difference
     if not any(r["kind"] != "pretrain" for r in run.results): return []
     frame, out = numbers(run), []
     frame = frame[frame.value.notna()]
@@ -231,14 +231,14 @@ def comparisons(
             for other in arms:
                 if other == target or not {other, target} <= set(part.arm): continue
                 try: d = paired_difference(part, other, target, metric)
-                except AdamError: continue                 # no seed in common yet
+                except Unpaired: continue                  # one of the two is not there yet
                 out.append({**d, "label": label, "factor": factor, "better": better, "other": other, "target": target, "sources": sorted(set(part.path))})
     return out
 
-# %% ../nbs/24_figures.ipynb #f9a4c391
+# %% ../nbs/24_figures.ipynb #f88121c9
 @from_run
 def arm_differences(run, used, target: str | None = None) -> Figure:
-    "Paired differences between an arm and each other arm with 95 % intervals over pretraining seeds; small points: single seeds."
+    "Paired differences, the target arm (Adam) − each other arm, with 95 % intervals over pretraining seeds; small points: single seeds."
     every = [c for c in comparisons(run, target) if c["n_seeds"] > 1]
     if not every:
         n = len(seeds_of(run))
@@ -253,11 +253,13 @@ def arm_differences(run, used, target: str | None = None) -> Figure:
             dot(ax, c["mean"] * f, *(np.nan if c[k] is None else c[k] * f for k in ("low", "high")), y, *arm_style(c["other"], others))
             ax.plot([v * f for v in c["per_seed"].values()], [y + 0.22] * c["n_seeds"], linestyle="none", marker=".", markersize=5, color=INK, alpha=0.6)
         ax.axvline(0, color=INK, linewidth=1.2)
-        ax.set_title(key[1].split(" (")[0], fontsize=12)
+        ax.locator_params(axis="x", nbins=6)
+        same = sum(label == key[1] for _, label in panels) > 1     # one number on several data sets
+        ax.set_title(key[1].split(" (")[0] + (f", {key[0]}" if same else ""), fontsize=12)
         ax.set_xlabel(f"difference ({key[1].split(' (')[1]}" + (", left is better" if c["better"] < 0 else ", right is better"))
         name_rows(ax, [arm_name(a) for a in others])
     n = sorted({c["n_seeds"] for c in every})
-    note(fig, f"{arm_name(every[0]['target'])} minus the arm named; n = {'–'.join(map(str, n[::len(n) - 1] if len(n) > 1 else n))} pretraining seeds, 95 % intervals")
+    note(fig, f"{arm_name(every[0]['target'])} − the arm named; n = {'–'.join(map(str, n[::len(n) - 1] if len(n) > 1 else n))} pretraining seeds, 95 % intervals")
     return fig
 
 # %% ../nbs/24_figures.ipynb #880700a0

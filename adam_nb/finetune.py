@@ -6,7 +6,7 @@
 __all__ = ['Arrays', 'to_square', 'load_arrays', 'augment_batch', 'batch_order', 'lr_factor', 'seeded', 'thread_count',
            'autocast', 'pick_device', 'start_encoder', 'fit', 'predict']
 
-# %% ../nbs/16a_finetune.ipynb #7c67d82c
+# %% ../nbs/16a_finetune.ipynb #7790b67d
 import contextlib, math, os, uuid
 from copy import deepcopy
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm.auto import tqdm
 
-from .config import AdamError, digest, nearest
+from .config import AdamError, digest, nearest, tqdm
 from .encoders import load_encoder
 from .eve import Eve, weights_hash
 from .model import Encoder, create_encoder

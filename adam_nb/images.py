@@ -29,14 +29,18 @@ def _unit(array: np.ndarray, path, top: float | None = None) -> np.ndarray:
         return array.astype(np.float32)
     raise AdamError(f"{path} holds {array.dtype} pixels, whose range says nothing; save it as uint8, uint16, or floats in [0, 1].")
 
-# %% ../nbs/03_images.ipynb #dbc113dd
+# %% ../nbs/03_images.ipynb #df15a423
+def _check_shape(shape: tuple, path):
+    "`AdamError` for the shape of an array that is no image: (H, W), or (H, W, C) with grey or colour, with or without alpha."
+    if len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (2,), (3,), (4,)) or 0 in shape:
+        raise AdamError(f"{path} holds an array of shape {shape}; an image is (height, width) or (height, width, 3).")
+
 def _collapse(array: np.ndarray, path) -> np.ndarray:
     "`(H, W)` or `(H, W, 3)`: alpha dropped, equal channels made one. `AdamError` for any other shape."
+    _check_shape(array.shape, path)
     if array.ndim == 3 and array.shape[2] in (2, 4): array = array[..., :-1]
     if array.ndim == 3 and array.shape[2] == 1: array = array[..., 0]
     if array.ndim == 3 and array.shape[2] == 3 and (array[..., 0] == array[..., 1]).all() and (array[..., 1] == array[..., 2]).all(): array = array[..., 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3) or 0 in array.shape:
-        raise AdamError(f"{path} holds an array of shape {array.shape}; an image is (height, width) or (height, width, 3).")
     return array
 
 COLOUR_TOLERANCE = 8/255   # largest difference between channels that counts as grey: what JPEG leaves
@@ -112,7 +116,7 @@ def _open_pillow(path: Path) -> np.ndarray:
         except Exception as e: raise AdamError(f"{path} is damaged or cut short ({e}); download it again or remove it.") from None
     return _unit(_collapse(array, path), path)
 
-# %% ../nbs/03_images.ipynb #599582ab
+# %% ../nbs/03_images.ipynb #922de7be
 _JSRT = (2048, 2048)
 
 def _open_npy(path: Path) -> np.ndarray:
@@ -120,9 +124,12 @@ def _open_npy(path: Path) -> np.ndarray:
     except Exception as e: raise AdamError(f"{path} is not a complete NumPy array ({e}); save it again.") from None
     return _unit(_collapse(array, path), path)
 
-def _open_jsrt(path: Path) -> np.ndarray:
+def _check_jsrt_length(path: Path):
     want = 2*_JSRT[0]*_JSRT[1]
     if path.stat().st_size != want: raise AdamError(f"{path} has {path.stat().st_size} bytes, but a raw JSRT film has {want}; download it again, or convert it to PNG if it is another format.")
+
+def _open_jsrt(path: Path) -> np.ndarray:
+    _check_jsrt_length(path)
     density = np.fromfile(path, ">u2").reshape(_JSRT)
     if density.max() > 4095: raise AdamError(f"{path} holds values up to {density.max()}, but a raw JSRT film has 12 bits; its byte order may be wrong: download it again.")
     return _unit(4095 - density.astype(np.uint16), path, top=4095)
@@ -233,15 +240,19 @@ def _sideways(im: Image.Image, file) -> bool:
         if b"eXIf" not in file.read(): return False
     return im.getexif().get(0x0112) in (5, 6, 7, 8)
 
-# %% ../nbs/03_images.ipynb #1b79d1c2
+# %% ../nbs/03_images.ipynb #968cc453
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     "(height, width) of what `open_image` returns, from the header only. A file whose pixels are damaged may still have a good header."
     path = Path(path)
     kind = _kind(path)
-    if kind == "jsrt": return _JSRT
+    if kind == "jsrt":
+        _check_jsrt_length(path)
+        return _JSRT
     if kind == "npy":
-        try: return tuple(int(s) for s in np.load(path, mmap_mode="r", allow_pickle=False).shape[:2])
+        try: shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
         except Exception as e: raise AdamError(f"{path} is not a complete NumPy array ({e}); save it again.") from None
+        _check_shape(shape, path)
+        return shape[:2]
     if kind == "dicom":
         ds = _dicom(path, pixels=False)
         return int(ds.Rows), int(ds.Columns)

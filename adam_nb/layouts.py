@@ -6,8 +6,9 @@
 __all__ = ['LAYOUTS', 'Layout', 'register', 'need_folder', 'find_files', 'read_table', 'read_list', 'LazyMasks', 'resize_nearest',
            'file_record', 'check_fractions', 'folder_records']
 
-# %% ../nbs/04b_layouts.ipynb #7b3f9ae6
+# %% ../nbs/04b_layouts.ipynb #84a47960
 import csv, inspect, os, re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -86,7 +87,7 @@ def read_list(path: Path) -> list[str]:
     try: return [line.split()[0] for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e: raise AdamError(f"The list {path} cannot be read ({e}); download it again or remove it.") from None
 
-# %% ../nbs/04b_layouts.ipynb #27b95241
+# %% ../nbs/04b_layouts.ipynb #22aeebc5
 class LazyMasks(Mapping):
     "A picklable mapping name -> bool (H, W); `loaders` are callables, called at access."
     def __init__(self, loaders: dict[str, Callable]): self.loaders = loaders
@@ -102,7 +103,12 @@ def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     rows, cols = (((np.arange(n) + .5)*m/n).astype(int) for n, m in zip(size, mask.shape))
     return mask.take(rows, 0).take(cols, 1)
 
-def _mask_file(path: str, image_path: str) -> np.ndarray: return resize_nearest(open_mask(path), image_size(image_path))
+def _mask_file(path: str, image_path: str) -> np.ndarray:
+    "The mask of a file at the size of its image. `AdamError` when the two differ in shape by more than a pixel's rounding."
+    mask, (height, width) = open_mask(path), image_size(image_path)
+    h, w = mask.shape
+    if abs(h*width - w*height) > max(height, width, h, w): raise AdamError(f"The mask {path} has {h} x {w} pixels, its image {image_path} {height} x {width}: their shapes differ; give the image its own mask, or remove this one.")
+    return resize_nearest(mask, (height, width))
 
 # %% ../nbs/04b_layouts.ipynb #f6af26b1
 def file_record(path: str, patient: str, channels: int = 1, masks: dict[str, str] | None = None, **facts) -> Record:
@@ -116,7 +122,7 @@ def check_fractions(fractions, names: Sequence[str]):
     for k in fractions:
         if k not in names: raise AdamError(f"fractions names the split '{k}'.{nearest(k, names)}")
 
-# %% ../nbs/04b_layouts.ipynb #58b6ba51
+# %% ../nbs/04b_layouts.ipynb #b9a280b6
 _SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 
 def _patient_of(relative: str, rule: str) -> str:
@@ -132,10 +138,12 @@ def _mask_files(folder: Path) -> dict[str, dict[str, str]]:
     out: dict[str, dict[str, str]] = {}
     for path in find_files(folder):
         parts = Path(path).relative_to(folder).parts
-        out.setdefault(Path(path).stem, {})["mask" if len(parts) == 1 else parts[0].replace(" ", "_")] = path
+        masks, name = out.setdefault(Path(path).stem, {}), "mask" if len(parts) == 1 else parts[0].replace(" ", "_")
+        if name in masks: raise AdamError(f"{masks[name]} and {path} are both the mask '{name}' of an image '{Path(path).stem}'; give each image one, and a file name of its own.")
+        masks[name] = path
     return out
 
-# %% ../nbs/04b_layouts.ipynb #f8cafa8a
+# %% ../nbs/04b_layouts.ipynb #d537e95c
 def _guess_channels(paths: Sequence[str]) -> int:
     "3 when one of three images is truly coloured, else 1; images that cannot be read do not vote."
     for path in [paths[0], paths[len(paths)//2], paths[-1]]:
@@ -144,14 +152,15 @@ def _guess_channels(paths: Sequence[str]) -> int:
         if image.ndim == 3 and (image.max(2) - image.min(2)).max() > .1: return 3
     return 1
 
-def _folder_splits(relative: list[str], patients: list[str], fractions: dict, seed: int) -> tuple[list[str], list[str]]:
+def _folder_splits(relative: list[str], patients: list[str], fractions: dict | None, seed: int) -> tuple[list[str], list[str]]:
     "Splits from top folders or dealt to patients, and a note on which."
     tops = [_SPLIT_FOLDERS.get(r.split("/")[0].lower()) if "/" in r else None for r in relative]
     if all(tops): return tops, ["The splits are the top folders."]
-    if len(set(patients)) < 3: return ["train"]*len(patients), ["Fewer than 3 patients: all are in train."]
+    if fractions is None and len(set(patients)) < 3: return ["train"]*len(patients), ["Fewer than 3 patients: all are in train."]
+    fractions = {"train": .9, "val": .1} if fractions is None else fractions
     return split_by_patient(patients, fractions, seed), [f"Whole patients were dealt to {', '.join(fractions)} with seed {seed}."]
 
-# %% ../nbs/04b_layouts.ipynb #b56c66c1
+# %% ../nbs/04b_layouts.ipynb #d74c4939
 @register("folder")
 def folder_records(
     root,                              # the folder
@@ -164,15 +173,15 @@ def folder_records(
     "Every image below `root`, recursively."
     root = need_folder(root, "folder")
     if channels not in (None, 1, 3): raise AdamError(f"channels is {channels!r}, but must be 1, 3 or null.")
-    fractions = {"train": .9, "val": .1} if fractions is None else fractions
-    check_fractions(fractions, ("train", "val", "test"))
+    if fractions is not None: check_fractions(fractions, ("train", "val", "test"))
     mask_root = None if masks is None else need_folder(root/masks, "folder")
     paths = find_files(root, skip=mask_root)
     if not paths: raise AdamError(f"There is no image in {root}; known are the suffixes {', '.join(IMAGE_SUFFIXES)}.")
     relative = [Path(p).relative_to(root).as_posix() for p in paths]
     patients, channels = [_patient_of(r, patient) for r in relative], channels or _guess_channels(paths)
     splits, notes = _folder_splits(relative, patients, fractions, seed)
-    by_stem = _mask_files(mask_root) if mask_root else {}
+    by_stem, stems = _mask_files(mask_root) if mask_root else {}, Counter(Path(p).stem for p in paths)
+    if (twice := next((s for s in by_stem if stems[s] > 1), None)) is not None: raise AdamError(f"{stems[twice]} images in {root} are named '{twice}', and a mask in {mask_root} too: give each image a file name of its own.")
     records = [file_record(p, who, channels, by_stem.get(Path(p).stem), split=s) for p, who, s in zip(paths, patients, splits)]
     if mask_root and not any(r.load_masks for r in records): raise AdamError(f"No mask in {mask_root} has the name of an image in {root}; the stems must be equal.")
     return Records(records, mask_names=sorted({n for m in by_stem.values() for n in m}), notes=notes)

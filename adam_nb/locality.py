@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARKERS', 'as_features', 'unit', 'as_labels', 'patient_interval', 'silhouette', 'neighbours', 'linear_probe',
            'locality_scores', 'locality', 'cut_patches', 'LandmarkPatches', 'landmark_patches', 'embed_all',
-           'pixel_features', 'view_size', 'tsne', 'run_locality', 'plot_tsne']
+           'pixel_features', 'view_size', 'position_features', 'tsne', 'run_locality', 'plot_tsne']
 
 # %% ../nbs/19_locality.ipynb #ece23397
 import zlib
@@ -255,6 +255,14 @@ def view_size(eve, size: int | None) -> int:
     "The side in pixels at which `eve` wants its input: `size` if given, else its own, else 224."
     return int(size or getattr(eve, "size", None) or 224)
 
+# %% ../nbs/19_locality.ipynb #c5492c50
+def position_features(
+    position: np.ndarray,       # (N, 2) x/width, y/height
+) -> np.ndarray:
+    "(N, 3) float64 features of bare positions: x and y standardised, and a large constant, so that their cosine falls with the distance in every direction."
+    z = (position - position.mean(0))/np.maximum(position.std(0), 1e-9)
+    return np.c_[z, np.full(len(z), 10.0)]
+
 # %% ../nbs/19_locality.ipynb #81ed9e24
 def tsne(
     features,                   # (N, D)
@@ -268,7 +276,7 @@ def tsne(
     # On unit vectors the squared Euclidean distance is twice the cosine distance; PCA of them is a stable start.
     return TSNE(2, perplexity=min(perplexity, (len(x) - 1)/3), init="pca", random_state=seed).fit_transform(unit(x).astype(np.float32))
 
-# %% ../nbs/19_locality.ipynb #f5eba6bf
+# %% ../nbs/19_locality.ipynb #5162528a
 def run_locality(
     eve,                            # an Eve, or a callable images -> (B, D)
     records: Sequence,              # records with landmarks, of patients that pretraining has not seen
@@ -298,7 +306,7 @@ def run_locality(
     code, who = as_labels(landmark, len(landmark), "landmark"), as_labels(patient, len(patient), "patient")
     metrics, scores = {}, {}
     for name, x in all_.items():
-        if "position" in name: x = (x - x.mean(0))/np.maximum(x.std(0), 1e-9)
+        if "position" in name: x = position_features(x)
         scores[name] = locality_scores(x, landmark, patient, seed)
         summary = _summary(scores[name], code, who, seed)
         metrics |= summary if name == "" else {name: summary}

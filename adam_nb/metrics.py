@@ -50,7 +50,7 @@ def iou(pred, target) -> float:
     "Intersection over union over all pixels of all images together; masks `(N, H, W)`."
     return float(iou_of(counts(pred, target).sum(0)))
 
-# %% ../nbs/15_metrics.ipynb #717edd3a
+# %% ../nbs/15_metrics.ipynb #e2c5265f
 def bootstrap_ci(
     per_sample,             # (N,) scores, or (N, k) rows that `statistic` understands
     groups=None,            # (N,) patient of each sample; None: each sample stands for itself
@@ -59,7 +59,9 @@ def bootstrap_ci(
     resamples: int = 1000,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    "Percentile bootstrap interval that resamples whole groups. (NaN, NaN) with fewer than two groups; resamples where the statistic is NaN are left out."
+    """Percentile bootstrap interval that resamples whole groups; too short with fewer than about ten of them.
+
+    (NaN, NaN) with fewer than two groups; resamples where the statistic is NaN are left out. `AdamError` for unequal lengths, or rows without a `statistic`."""
     x = np.asarray(per_sample, dtype=float)
     groups = np.arange(len(x)) if groups is None else np.asarray(groups)
     if len(groups) != len(x): raise AdamError(f"{len(x)} samples have {len(groups)} group names; give one name per sample.")

@@ -6,7 +6,7 @@
 __all__ = ['landmark_maps', 'locality_numbers', 'kernel_density', 'compositionality_densities', 'correspondence_errors',
            'correspondence_pictures']
 
-# %% ../nbs/23c_probe_figures.ipynb #97212218
+# %% ../nbs/23c_probe_figures.ipynb #e246338c
 import base64, io, math
 
 import numpy as np
@@ -14,21 +14,22 @@ from matplotlib.figure import Figure
 
 from .draw import PALETTE, Drawing
 from .marks import BLUE, GREEN, GREY, INK, ORANGE, PAPER, PURPLE, SKY, VERMILION, arm_style, dot, from_run, legend_below, name_rows, new_panels, note, number, spread
-from .runs import Missing, arm_name, arms_of, probe_results, waiting
+from .runs import LANDMARKS, Missing, arm_name, arms_of, probe_results, waiting
 
 # %% ../nbs/23c_probe_figures.ipynb #371d2339
 _LANDMARK_COLOURS = [BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, GREY, BLUE, ORANGE, GREEN]
 _LANDMARK_MARKERS = "osD^vPXp*h"
 
-# %% ../nbs/23c_probe_figures.ipynb #ffc13815
+# %% ../nbs/23c_probe_figures.ipynb #206e3c7c
 @from_run
 def landmark_maps(run, used, prefix: str | None = None) -> Figure:
-    "t-SNE maps of the landmark patches, an arm in each panel (paper Fig. 4.1), from the first pretraining seed of each."
+    "t-SNE maps of the landmark patches, an arm in each panel (paper Fig. 4.1, with its numbers for its ten landmarks), from the first pretraining seed of each."
     found = {a: r for (a, s), r in sorted(probe_results(run, "locality", prefix).items(), key=lambda i: -i[0][1]) if r["series"].get("tsne")}
     arms = [a for a in arms_of(run) if a in found]
     if not arms: raise Missing(f"No landmark map. {waiting(run, 'probes')}")
     used += [found[a] for a in arms]
-    names = sorted({n for a in arms for n in found[a]["series"]["landmark_names"]})
+    names = {n for a in arms for n in found[a]["series"]["landmark_names"]}
+    names = [*(n for n in LANDMARKS if n in names), *sorted(names - set(LANDMARKS))]
     fig, axes = new_panels(len(arms), width=4.0, height=3.7)
     for ax, arm in zip(axes, arms):
         s = found[arm]["series"]
@@ -90,16 +91,16 @@ def kernel_density(values, grid: np.ndarray) -> np.ndarray:
     width = v.std(ddof=1) * len(v) ** -0.2
     return np.exp(-0.5 * ((grid[:, None] - v) / width) ** 2).sum(1) / (len(v) * width * math.sqrt(2 * math.pi))
 
-# %% ../nbs/23c_probe_figures.ipynb #9767aa1f
+# %% ../nbs/23c_probe_figures.ipynb #885e113d
 _RIVALS = {"own_vs_other_auc": "against any other patient", "same_place_auc": "same place, other patient", "same_film_auc": "elsewhere in the film"}
 
 def _mean_sd(metrics: dict) -> str: return f"{number(metrics, 'cosine_mean')[0]:.3f} ± {number(metrics, 'cosine_std')[0]:.3f}"
 
-def _rivals(ax, metrics: dict, y: float, colour: str, marker: str):
+def _rivals(ax, metrics: dict, y: float, colour: str, marker: str, scale: float = 1.0):
     "The AUCs of own against foreign parts, one below the other: large filled, hollow, small filled."
-    for dy, name, hollow, size in zip((-0.2, 0.0, 0.2), _RIVALS, (False, True, False), (9, 8, 5)): dot(ax, *number(metrics, name), y + dy, colour, marker, hollow, size if marker != "|" else size + 4)
+    for dy, name, hollow, size in zip((-0.28, 0.0, 0.28), _RIVALS, (False, True, False), (9, 8, 5)): dot(ax, *number(metrics, name), y + dy, colour, marker, hollow, scale * size + 4 * (marker == "|"))
 
-# %% ../nbs/23c_probe_figures.ipynb #aae1d19c
+# %% ../nbs/23c_probe_figures.ipynb #df744a22
 @from_run
 def compositionality_densities(run, used, prefix: str | None = None) -> Figure:
     "Density of cos(whole, mean of its parts) for each arm with the control of foreign parts, and the AUC of own against foreign parts with 95 % intervals over patients."
@@ -123,7 +124,7 @@ def compositionality_densities(run, used, prefix: str | None = None) -> Figure:
         if foreign.any(): left.plot(grid, i + 0.3 - foreign / top, color=INK, linestyle=":", linewidth=1.5)
         labels.append(f"{arm_name(arm)}\n{_mean_sd(m)}, peak {own.max():.0f}")
         mine = [r["metrics"] for (a, _), r in sorted(found.items()) if a == arm]
-        for dy, metrics in zip(spread(len(mine)), mine): _rivals(right, metrics, i + dy, colour, marker)
+        for dy, metrics in zip(spread(len(mine), 0.18), mine): _rivals(right, metrics, i + dy, colour, marker, 1.0 if len(mine) == 1 else 0.6)
     pixels = first[arms[0]]["metrics"].get("pixels") or {}
     _rivals(right, pixels, len(arms), GREY, "|")
     name_rows(left, labels + [f"raw pixels\n{_mean_sd(pixels)}"])
@@ -174,10 +175,11 @@ def _cell(row: int, column: int, grid, image: np.ndarray) -> tuple[float, float]
     "The centre (x, y) of a grid cell in % of the image's width."
     return (column + 0.5) / grid[1] * 100, (row + 0.5) / grid[0] * 100 * image.shape[0] / image.shape[1]
 
-# %% ../nbs/23c_probe_figures.ipynb #0f7a0326
+# %% ../nbs/23c_probe_figures.ipynb #f4580ae0
 @from_run
 def correspondence_pictures(run, used, prefix: str | None = None, kind: str = "patients", lines: int = 20) -> Figure:
-    "Matches between two films (`kind` patients) or a film and its warped view (warp): the first example of each arm, at most `lines` mutual matches."
+    """Cells of the first pair of films of each arm, joined where both are most like each other, evenly chosen where they are many.
+    The pair: two patients (`kind` "patients") or a film and its own warped view ("warp"). `lines`: at most so many are drawn."""
     found = {}
     for (arm, _), r in sorted(probe_results(run, "correspondence", prefix).items(), key=lambda i: -i[0][1]):
         example = next((e for e in r["series"].get("examples") or [] if e["kind"] == kind), None)

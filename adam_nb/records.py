@@ -21,7 +21,7 @@ def _read_size(self) -> tuple[int, int]:
     "The size from the header (`load_size`), or by decoding the image."
     return tuple(int(s) for s in (self.load_size() if self.load_size else self.image().shape[:2]))
 
-# %% ../nbs/02_records.ipynb #ce41d008
+# %% ../nbs/02_records.ipynb #43cd33e5
 @dataclass
 class Record:
     """One image and what is known about it; pixels are loaded when asked for.
@@ -43,14 +43,20 @@ class Record:
 
     def __post_init__(self):
         if isinstance(self.size, cached_property) or self.size is None: del self.size  # not given: the property answers
+        else: self.size = tuple(self.size)
 
-# %% ../nbs/02_records.ipynb #afcc2e62
+    def __repr__(self):                                      # what is known: no header is read, nothing can fail
+        return f"Record({', '.join(f'{k}={v!r}' for k, v in self.__dict__.items() if v not in (None, {}) and not k.startswith('load_'))})"
+
+# %% ../nbs/02_records.ipynb #b890c772
 def _image(self) -> np.ndarray:
     "The pixels: float32 in [0, 1], `(H, W)`, or `(H, W, 3)` when `channels` is 3. `AdamError` names a file that cannot be read."
     if self.load_image is None: raise AdamError(f"{self.path}: this record has no image to load; give it load_image.")
     image = self.load_image()
-    if image.ndim != (3 if self.channels == 3 else 2):
+    if image.ndim not in (2, 3) or image.shape[2:] != ((3,) if self.channels == 3 else ()):
         raise AdamError(f"{self.path} gave an image of shape {image.shape}, but the record states {self.channels} channel(s); mend `channels`.")
+    if not (image.min() >= 0 and image.max() <= 1):         # a NaN fails every comparison
+        raise AdamError(f"{self.path} gave pixels from {image.min():.4g} to {image.max():.4g}, but they must lie in [0, 1]; mend its load_image.")
     return np.asarray(image, np.float32)
 
 def _masks(self, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
@@ -116,7 +122,7 @@ def _by_patient(self) -> dict[str, "Records"]:
 
 Records.only, Records.by_patient = _only, _by_patient
 
-# %% ../nbs/02_records.ipynb #5e3848e5
+# %% ../nbs/02_records.ipynb #4ad069ba
 def _ids(self) -> list[str]:
     "Each record's path, relative to the root where it lies below it: the same on every machine."
     if self.root is None: return [r.path for r in self]
@@ -135,7 +141,8 @@ def _to_frame(self, sizes: bool = False):
 def _summary(self) -> dict:
     "Counts, ready for JSON: images, patients, splits, labels (positive, negative, unknown), images with each box and landmark, names of masks, notes."
     splits = {}
-    for name in sorted({r.split for r in self}, key=str):
+    order = ("train", "val", "test")
+    for name in sorted({r.split for r in self}, key=lambda s: (order.index(s) if s in order else len(order), str(s))):
         part = [r for r in self if r.split == name]
         splits[str(name)] = {"images": len(part), "patients": len({r.patient for r in part})}
     labels = {}
@@ -171,7 +178,7 @@ def _show(self, n: int = 12, columns: int = 4, seed: int | None = None):
 
 Records.show = _show
 
-# %% ../nbs/02_records.ipynb #e555a67d
+# %% ../nbs/02_records.ipynb #5828e922
 def _stat(path):
     "`os.stat` of a file, or None for a generated image or an absent file."
     try: return os.stat(path)
@@ -186,11 +193,7 @@ def _fingerprint(self) -> str:
         h.update(repr((i, r.patient, r.split, stated, r.channels, s and s.st_size, [r.labels.get(k) for k in self.label_names], r.landmarks, r.boxes)).encode())
     return h.hexdigest()[:16]
 
-def _newest(self) -> float:
-    "The latest modification time (seconds since 1970) of any file; 0 when the images are generated."
-    return max((s.st_mtime for r in self if (s := _stat(r.path))), default=0.0)
-
-Records.fingerprint, Records.newest = _fingerprint, _newest
+Records.fingerprint = _fingerprint
 
 # %% ../nbs/02_records.ipynb #a0f0eb70
 def _deal(counts: np.ndarray, fractions: np.ndarray, rng) -> np.ndarray:
@@ -206,7 +209,7 @@ def _deal(counts: np.ndarray, fractions: np.ndarray, rng) -> np.ndarray:
         lack[chosen[p]] -= counts[p]
     return chosen
 
-# %% ../nbs/02_records.ipynb #f1effd9b
+# %% ../nbs/02_records.ipynb #19274e1f
 def split_by_patient(
     patients: Sequence[str],          # the patient of each image
     fractions: dict[str, float],      # split -> its share of the images; they sum to 1
@@ -214,8 +217,8 @@ def split_by_patient(
     strata: Sequence | None = None,   # a class for each image, to be spread evenly
 ) -> list[str]:
     "A split name for each image: seeded, whole patients, strata spread evenly. `AdamError` for fractions that do not sum to 1 or fewer patients than splits."
-    if any(not 0 <= f <= 1 for f in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-6:
-        raise AdamError(f"The fractions {fractions} must lie in [0, 1] and sum to 1.")
+    if not all(isinstance(f, (int, float)) and 0 <= f <= 1 for f in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-6:
+        raise AdamError(f"The fractions {fractions} must be numbers in [0, 1] that sum to 1.")
     names = [n for n, f in fractions.items() if f > 0]
     who, patient = np.unique(np.asarray(patients, str), return_inverse=True)
     if len(who) < len(names): raise AdamError(f"{len(who)} patient(s) cannot be split into {', '.join(names)}; give fewer splits or more images.")

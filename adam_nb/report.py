@@ -36,7 +36,7 @@ def _cell(v) -> str:
     if v is None or (isinstance(v, float) and not math.isfinite(v)): return "–"
     return _text(f"{v:.4g}" if isinstance(v, float) else v)
 
-# %% ../nbs/25_report.ipynb #d6108941
+# %% ../nbs/25_report.ipynb #45fe03e1
 def inline_svg(
     fig,                # matplotlib Figure
     name: str,          # unique on the page
@@ -57,7 +57,7 @@ def inline_svg(
     svg = re.sub(r'\bid="([^"]*)"', own, svg)
     svg = re.sub(r'href="#', f'href="#{name}-', svg)
     svg = svg.replace("url(#", f"url(#{name}-").replace(INK, "var(--ink)").replace(GRID, "var(--grid)").replace(PAPER, "var(--paper)")
-    svg = re.sub(r"(\d+\.\d{2})\d+", r"\1", svg)
+    svg = re.sub(r"scale\([^)]*\)|(\d+\.\d{2})\d+", lambda m: m[1] or m[0], svg)      # two digits do for places, but not for the factor of a letter's size
     label = f' role="img" aria-label="{_text(alt)}"'
     svg = re.sub(r'width="[\d.]+pt"', "", re.sub(r'height="[\d.]+pt"', "", svg, count=1), count=1)
     return svg.replace("<svg", f"<svg{label}", 1).strip()
@@ -94,7 +94,7 @@ def _small_png(path: Path, width: int = 1100) -> bytes:
             buffer = min((buffer, small), key=lambda b: b.tell())
         return buffer.getvalue()
 
-# %% ../nbs/25_report.ipynb #4135ae71
+# %% ../nbs/25_report.ipynb #7114e6f3
 _CSS = """
 :root{color-scheme:light dark;--paper:#fbfaf7;--ink:#1c2127;--soft:#5b6570;--grid:#d9dce0;--card:#ffffff;--link:#005a8d;--mark:#a34a00}
 @media(prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e4e2dc;--soft:#a0a8b0;--grid:#3a4048;--card:#1c2025;--link:#7cc4f0;--mark:#f0a25c}}
@@ -119,7 +119,7 @@ table{border-collapse:collapse;font-size:.86rem;line-height:1.4;font-variant-num
 caption{text-align:left;color:var(--soft);padding-bottom:.4rem}
 th,td{padding:.3rem .8rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--grid);font-weight:400}
 thead th{font-weight:600;border-bottom:1.5px solid var(--ink);white-space:nowrap}.n{text-align:right;white-space:nowrap}
-.facts th{color:var(--soft);white-space:nowrap;padding-right:1.4rem}
+.facts th{color:var(--soft);white-space:nowrap;padding-right:1.4rem}.facts td{overflow-wrap:anywhere}
 .gap{color:var(--mark);font-size:.92rem;border-left:3px solid var(--mark);padding-left:.8rem}
 code,pre{font:.86em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 pre{background:var(--card);border:1px solid var(--grid);border-radius:6px;padding:.8rem 1rem;overflow-x:auto;white-space:pre-wrap;overflow-wrap:anywhere}
@@ -128,6 +128,7 @@ details{margin:.7rem 0}summary{cursor:pointer;font-family:system-ui,sans-serif;f
 footer{margin-top:4rem;color:var(--soft);font-size:.82rem}
 .skip{position:absolute;left:-99rem}.skip:focus{left:1rem;top:1rem;background:var(--card);padding:.5rem}
 @media(max-width:64rem){.page{display:block}nav{position:static;max-height:none;margin-bottom:2rem}}
+@media(max-width:40rem){.facts th{white-space:normal;min-width:7rem}figure{overflow-x:auto}figure svg{min-width:40rem;max-width:none}}
 @media print{:root{--paper:#fff;--ink:#000;--soft:#444;--grid:#ccc;--card:#fff;--link:#000;--mark:#7a3b00}body{font-size:10.5pt}.page{display:block;padding:0;max-width:none}nav{position:static}h2{break-after:avoid}figure,tr,pre{break-inside:avoid}.wide{overflow:visible}}
 """
 
@@ -142,7 +143,7 @@ def _page(title: str, lede: str, sections: list[tuple[str, str, str]]) -> str:
             f'<nav aria-label="Contents"><strong>Contents</strong><ol>{contents}</ol></nav><main id="main"><h1>{_text(title)}</h1><p class="lede">{lede}</p>{body}'
             f'<footer>Written {now} from the JSON files of this run alone.</footer></main></div></body></html>\n')
 
-# %% ../nbs/25_report.ipynb #7f066aa4
+# %% ../nbs/25_report.ipynb #9b17f5b5
 def _svg(run: Run, p: Planned) -> str:
     "A planned figure as a figure element, from the run's `figures/.inline` where that is up to date; the sentence of `Missing` in its place."
     files = [run.folder/r["_path"] for r in run.results if p.kind in ("", r["kind"])] + [run.folder/"plan.json"] + [Path(m.__file__) for m in (figures, marks, probe_figures)]
@@ -161,13 +162,15 @@ def _svg(run: Run, p: Planned) -> str:
 
 def _gap(why) -> str: return f'<p class="gap">{_text(why)}</p>'
 
-def _first_sentence(text: str) -> str: return " ".join(text.split()).split(". ")[0].rstrip(".") + "."
+def _first_sentence(text: str) -> str:
+    "The text up to the first full stop before a capital letter: `Fig. 4.1` goes on."
+    return re.split(r"(?<=\.) (?=[A-Z])", " ".join(text.split()))[0].rstrip(".") + "."
 
 def _figures(run: Run, *names: str) -> str:
     "The figures of these names, and of further probed data sets."
     return "".join(_svg(run, p) for p in figure_plan(run) if any(p.name == n or p.title.startswith(figures.FIGURES[n][0] + ", ") for n in names))
 
-# %% ../nbs/25_report.ipynb #5ae609d2
+# %% ../nbs/25_report.ipynb #bdc471d8
 def _select(frame, kind: str, metric: str, task=None, shot=None):
     some = frame[(frame.kind == kind) & (frame.metric == metric) & frame.value.notna()]
     if task is not None: some = some[some.task == task]
@@ -184,8 +187,8 @@ def verdict(
     task=None, shot=None,
     digits: int = 1,
 ) -> list[str]:
-    "Sentences: which arm is ahead in a number, by how much, and whether the interval over pretraining seeds excludes zero; with one seed, that it ranks encoders only. Empty when nobody has it."
-    from adam_nb.compare import paired_difference
+    "Sentences: which arm is ahead in a number; best − second over the pretraining seeds of both, and whether its interval excludes zero; with one seed, that it ranks encoders only. Empty when nobody has it."
+    from adam_nb.compare import Unpaired, paired_difference
     some = _select(frame, kind, metric, task, shot)
     if not len(some): return []
     means = some.groupby(["arm", "pretrain_seed"], dropna=False).value.mean().groupby(level="arm").mean() * factor
@@ -195,13 +198,14 @@ def verdict(
     if len(order) == 1: return [first + "; no other arm has been judged yet."]
     second = order[1]
     first += f", against {show(means[second])}{unit} of {arm_name(second)}, the next."
-    d = paired_difference(some, second, best, metric)
+    try: d = paired_difference(some, second, best, metric)
+    except Unpaired: return [first, "These two have no pretraining seed in common yet, so no difference is given."]
     if d["n_seeds"] == 1: return [first, "This is one encoder per arm: it ranks these encoders and says nothing about the methods."]
-    low, high = (d[k] * factor for k in ("low", "high"))
-    return [first + f" The difference is {d['mean'] * factor:+.{digits}f}{' points' if unit == ' %' else unit} (95 % interval {low:+.{digits}f} to {high:+.{digits}f}, {d['n_seeds']} pretraining seeds), "
-            + ("which excludes zero." if low > 0 or high < 0 else "which includes zero: the order may be chance.")]
+    mean, low, high = (f"{d[k] * factor:+.{digits}f}".replace("-", "−") for k in ("mean", "low", "high"))
+    return [first + f" {arm_name(best)} − {arm_name(second)}, over the {d['n_seeds']} pretraining seeds that both have: {mean}{' points' if unit == ' %' else unit}; the 95 % interval, {low} to {high}, "
+            + ("excludes zero." if d["low"] > 0 or d["high"] < 0 else "includes zero: the order may be chance.")]
 
-# %% ../nbs/25_report.ipynb #20e77e0d
+# %% ../nbs/25_report.ipynb #5e8e2d7f
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
@@ -215,9 +219,9 @@ def _about(run: Run, album: _Album) -> str:
     rows = [("Run", run.folder.resolve().name), ("Progress", f"{done} of {len(run.nodes)} nodes" if run.nodes else "no plan.json"), ("Arms", _listed(arm_name(a) for a in arms_of(run))),
             ("Pretraining data", _listed(f"{r['data'].get('name')}, n = {r['n'].get('train_images', r['data'].get('n'))} training images, hash {r['data'].get('hash')}" for r in trained)),
             ("Prepared images", _prepared(run)), ("Judged on", _listed(f"{r['data'].get('name')} ({r['kind']}, n = {_main_n(r)})" for r in every if r["kind"] != "pretrain")),
-            ("Pretraining seeds", _listed(seeds_of(run))), ("Draws of labelled films", _listed(s for r in every for s in (r["seeds"].get("draw_seeds") or []))),
+            ("Pretraining seeds", _listed(seeds_of(run))), ("Seeds of the draws of films", _listed(s for r in every for s in (r["seeds"].get("draw_seeds") or []))),
             ("Updates per arm", _listed(f"{arm_name(a)} {u}" for a, u in updates.items() if u)), ("Encoder", _listed(f"{r['config'].get('backbone')}" for r in trained)),
-            ("Computing time", _duration(sum(r.get("wall_time_s") or 0 for r in every)) if every else ""), ("Machine", _listed(f"{r.get('platform')}, {r.get('cpu_threads')} threads" for r in every)),
+            ("Computing time", _duration(sum(r.get("wall_time_s") or 0 for r in every)) if every else ""), ("Machine", _listed(f"{r.get('platform')}" + (f", {r['cpu_threads']} threads" if r.get("cpu_threads") else "") for r in every)),
             ("Dates (UTC)", _listed(sorted({r.get("date", "")[:10] for r in every}))), ("Commit", _listed(commits)),
             ("Versions", _listed(f"{k} {v}" for r in every[-1:] for k, v in r.get("versions", {}).items() if v))]
     body = '<table class="facts"><tbody>' + "".join(f'<tr><th scope="row">{_text(k)}</th><td>{_text(v)}</td></tr>' for k, v in rows if v) + "</tbody></table>"
@@ -233,12 +237,16 @@ def _prepared(run: Run) -> str:
     splits = ", ".join(f"{k} {v.get('images')}" for k, v in (s.get("splits") or {}).items())
     return f"{s.get('name')}, n = {s.get('images')} images of {s.get('patients')} patients" + (f" ({splits})" if splits else "") if s else ""
 
-def _main_n(r: dict): return next((r["n"][k] for k in ("test_images", "patches", "films", "cells") if r["n"].get(k) is not None), "?")
+def _main_n(r: dict) -> str:
+    "How much a result rests on, with its unit."
+    return next((f"{r['n'][k]} {k.replace('_', ' ')}" for k in ("test_images", "patches", "films", "cells") if r["n"].get(k) is not None), "?")
 
-# %% ../nbs/25_report.ipynb #6a4c3b9d
+# %% ../nbs/25_report.ipynb #2f08568b
 def _says(*sentences: str) -> str:
     "Sentences as paragraphs, each once, in the order in which they were last said."
-    return "".join(f'<p class="says">{_text(s)}</p>' for s in reversed(list(dict.fromkeys(reversed([s for s in sentences if s])))))
+    once = reversed(list(dict.fromkeys(reversed([s for s in sentences if s]))))
+    whole = lambda s: re.sub(r" (=|%)( ?)", lambda m: f"\u00a0{m[1]}" + ("\u00a0" if m[1] == "=" else m[2]), s)     # no line breaks inside "n = 4" or before "%"
+    return "".join(f'<p class="says">{_text(whole(s))}</p>' for s in once)
 
 def _tail(run: Run, arm: str, name: str) -> float:
     "The mean of the last tenth of a pretraining series, over seeds; NaN where there is none."
@@ -289,42 +297,45 @@ def _classes(run: Run, album: _Album) -> str:
         said.extend(verdict(run, frame, "classify", f"{question}/auroc_mean", f"mean AUROC in {task} ({figures.question_name(question)})", task=task, unit="", factor=1, digits=3))
     return _says(*said) + _figures(run, "auroc")
 
-# %% ../nbs/25_report.ipynb #1b15dd6c
-def _first_probe(run: Run, kind: str) -> dict[str, dict]:
-    "Arm -> metrics of the first pretraining seed, for the first probed data set."
-    return {a: r["metrics"] for (a, _), r in sorted(probe_results(run, kind).items(), key=lambda i: -i[0][1])}
+# %% ../nbs/25_report.ipynb #24079437
+def _probe_means(run: Run, frame, kind: str, metric: str) -> dict[str, float]:
+    "Arm -> mean over pretraining seeds of a probe's number, for the first probed data set; arms without it are left out."
+    task = next(iter(probe_results(run, kind).values())).get("task")
+    means = _select(frame, kind, metric, task).groupby("arm").value.mean()
+    return {a: float(means[a]) for a in arms_of(run) if a in means.index}
 
 def _locality(run: Run, album: _Album) -> str:
-    found, said = _first_probe(run, "locality"), []
+    found, said = probe_results(run, "locality"), []
     if found:
-        task = next(iter(probe_results(run, "locality").values())).get("task")
-        said.extend(verdict(run, numbers(run), "locality", "silhouette", "silhouette of the landmarks", "", 1, digits=3, task=task))
-        m = next(iter(found.values()))
-        position, pixels = ((m.get(k) or {}).get("knn1") for k in ("position", "pixels"))
-        if position is not None and pixels is not None:
-            above = [arm_name(a) for a in arms_of(run) if a in found and (found[a].get("knn1") or 0) > pixels]
+        frame, task = numbers(run), next(iter(found.values())).get("task")
+        said.extend(verdict(run, frame, "locality", "silhouette", "silhouette of the landmarks", "", 1, digits=3, task=task))
+        knn1, position, pixels = (_probe_means(run, frame, "locality", m) for m in ("knn1", "position/knn1", "pixels/knn1"))
+        if position and pixels:
+            position, pixels = (next(iter(m.values())) for m in (position, pixels))       # controls are the same in all arms
+            above = [arm_name(a) for a, v in knn1.items() if v > pixels]
             said.append(f"Controls for the nearest neighbour in another patient: the bare position of a patch names its landmark in {100 * position:.0f} % of cases, raw pixels in {100 * pixels:.0f} %; better than raw pixels: {', '.join(above) or 'no arm'}.")
     return _says(*said) + _figures(run, "landmark_maps", "locality")
 
 def _compositionality(run: Run, album: _Album) -> str:
-    found, said = _first_probe(run, "compositionality"), []
+    found, said = probe_results(run, "compositionality"), []
     if found:
-        task = next(iter(probe_results(run, "compositionality").values())).get("task")
-        said.extend(verdict(run, numbers(run), "compositionality", "same_place_auc", "share of wholes that are nearer to their own parts than to those from the same place of another patient", digits=1, task=task))
-        cosine = {a: m["cosine_mean"] for a, m in found.items() if m.get("cosine_mean") is not None}
+        frame, task = numbers(run), next(iter(found.values())).get("task")
+        said.extend(verdict(run, frame, "compositionality", "same_place_auc", "share of wholes that are nearer to their own parts than to those from the same place of another patient", digits=1, task=task))
+        cosine = _probe_means(run, frame, "compositionality", "cosine_mean")
         if cosine: said.append(f"The plain cosine is highest in {arm_name(max(cosine, key=cosine.get))} ({max(cosine.values()):.3f}); it is high for any features that are alike, so the picture sets foreign parts beside own ones.")
     return _says(*said) + _figures(run, "compositionality")
 
 def _matches(run: Run, album: _Album) -> str:
-    found, said = _first_probe(run, "correspondence"), []
+    found, said = probe_results(run, "correspondence"), []
     if found:
-        task = next(iter(probe_results(run, "correspondence").values())).get("task")
-        question = "transfer" if any("transfer" in m for m in found.values()) else "warp"
+        frame, task = numbers(run), next(iter(found.values())).get("task")
+        question = "transfer" if any("transfer" in r["metrics"] for r in found.values()) else "warp"
         words = {"transfer": "median error for landmarks in another patient", "warp": "median error for places in the warped view"}[question]
-        said.extend(verdict(run, numbers(run), "correspondence", f"{question}/median_error", words, " % of the width", 1, -1, task=task))
-        base = (next(iter(found.values())).get(f"{question}_same_place") or {}).get("median_error")
-        if base is not None:
-            below = [arm_name(a) for a in arms_of(run) if a in found and (found[a].get(question) or {}).get("median_error") is not None and found[a][question]["median_error"] < base]
+        said.extend(verdict(run, frame, "correspondence", f"{question}/median_error", words, " % of the width", 1, -1, task=task))
+        error, base = (_probe_means(run, frame, "correspondence", f"{question}{k}/median_error") for k in ("", "_same_place"))
+        if base:
+            base = next(iter(base.values()))
+            below = [arm_name(a) for a, v in error.items() if v < base]
             said.append(f"Simply taking the same coordinates errs by {base:.1f} % of the width; better than that: {', '.join(below) or 'no arm'}.")
     return _says(*said) + _figures(run, "correspondence", "matches_warp", "matches")
 
@@ -338,7 +349,7 @@ def _differences(run: Run, album: _Album) -> str:
                 f"If nothing differed, about {0.05 * len(every):.1f} of {len(every)} intervals would exclude zero by chance. The pairs named in the sections above were chosen by their results, which flatters their intervals."]
     return _says(*said) + _figures(run, "differences")
 
-# %% ../nbs/25_report.ipynb #14d2f41c
+# %% ../nbs/25_report.ipynb #3dd3e2fc
 _MOST_ROWS = 3000
 
 def _numbers(run: Run, album: _Album) -> str:
@@ -355,11 +366,11 @@ def _numbers(run: Run, album: _Album) -> str:
                 at = (r.path, str(r.shot), str(r.draw_seed))
                 low, high = (ends.get((*at, r.metric + e), math.nan) for e in ("_low", "_high"))
                 whole = ["–" if str(v) in ("<NA>", "nan", "None") else str(v) for v in (r.shot, r.pretrain_seed, r.draw_seed)]
-                rows.append([arm_name(r.arm), r.task or "–", whole[0], r.metric, whole[1], whole[2], Raw(_cell(r.value)), Raw(f"{_cell(low)} … {_cell(high)}" if math.isfinite(low) else "–"), Raw(_cell(r.n)), Raw(f"<code>{_text(r.path)}</code>")])
+                rows.append([arm_name(r.arm), r.task or "–", whole[0], r.metric, whole[1], whole[2], r.value, f"{_cell(low)} … {_cell(high)}" if math.isfinite(low) else "–", r.n, Raw(f"<code>{_text(r.path)}</code>")])
             shown, left = rows[:max(left, 0)], left - len(rows)
-            head = ["Arm", "Task or data", "Films", "Metric", "Pretraining seed", "Draw", "Value", "95 % interval", "n", "File"]
+            head = ["Arm", "Task or data", "Labelled films", "Metric", "Pretraining seed", "Draw", "Value", "95 % interval", "n", "File"]
             body += f"<details><summary>{_text(kind)}: {len(rows)} numbers</summary>{_table(head, shown, numeric=99)}" + (_gap(f"{len(rows) - len(shown)} more rows are in the files.") if len(shown) < len(rows) else "") + "</details>"
-    return f"<p>Every number of this run with its seeds, its n, and the JSON file that holds it, relative to the run's folder. Intervals are over patients, for one encoder.</p>{body}"
+    return f"<p>Every number of this run with its seeds, its n, and the JSON file that holds it, relative to the run's folder. Intervals are over patients, for one encoder; with fewer than about ten patients they are too short.</p>{body}"
 
 # %% ../nbs/25_report.ipynb #ecae5474
 def _again(run: Run, album: _Album) -> str:
