@@ -98,7 +98,7 @@ def _table14(root: Path) -> tuple[Path, list[tuple[str, ...]]]:
 
 def _patient14(text: str) -> str: return f"{int(text):08d}" if text.isdigit() else text
 
-# %% ../nbs/04c_chest_sets.ipynb #f15cfd4c
+# %% ../nbs/04c_chest_sets.ipynb #b9559e17
 def _add_boxes(records: list[Record], path: Path, notes: list[str]):
     "Boxes for the records whose images have some; an image whose header cannot be read gets none, and a note."
     boxes = _read_boxes(path)
@@ -121,7 +121,7 @@ def chestxray14(
     fractions = {"train": .7, "val": .1, "test": .2} if fractions is None else fractions
     check_fractions(fractions, ("train", "val", "test"))
     if split_by not in (None, "official", "stratified"): raise AdamError(f"split_by is {split_by!r}.{nearest(split_by, ['official', 'stratified'])}")
-    if not 0 <= val_fraction < 1: raise AdamError(f"val_fraction is {val_fraction!r}, but must lie in [0, 1).")
+    if not isinstance(val_fraction, (int, float)) or not 0 <= val_fraction < 1: raise AdamError(f"val_fraction is {val_fraction!r}, but must lie in [0, 1).")
     table, rows = _table14(root)
     found = find_files(root, (".png", ".jpg", ".jpeg"))
     files = {os.path.basename(p): p for p in reversed(found)}     # of several copies the first

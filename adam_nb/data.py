@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLANNED', 'names', 'dataset', 'map_processes', 'check', 'format_check']
 
-# %% ../nbs/05_data.ipynb #0580af41
+# %% ../nbs/05_data.ipynb #127072f4
 import hashlib, multiprocessing, os, signal, sys, threading, time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 

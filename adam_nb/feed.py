@@ -6,14 +6,14 @@
 __all__ = ['open_cache', 'split_indices', 'augment_of', 'EpochViews', 'EpochBatches', 'stage_loader', 'level_of',
            'validation_batches', 'forewarnings']
 
-# %% ../nbs/13c_feed.ipynb #efa33abb
+# %% ../nbs/13c_feed.ipynb #48f56776
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from .cache import Cache, prepare
 from .config import AdamError

@@ -61,14 +61,14 @@ def lung_fields(p: Patient, size: int) -> Lungs:
                  [np.minimum(l, -np.maximum(shadow, middle)) for l in lungs],
                  [(l > 0) & (shadows <= 0) & (middles <= 0) for l in fine])
 
-# %% ../nbs/03c_findings.ipynb #c2adb85c
+# %% ../nbs/03c_findings.ipynb #d867d635
 @dataclass
 class Plan:
     "What the planted findings change in an image of `size` pixels."
     size: int
-    fill: np.ndarray = None      # share of the air replaced by water, [0, 1]
-    extra: np.ndarray = None     # tissue added, cm of water
-    bare: np.ndarray = None      # 1 where a collapsed lung leaves pure air: no vessels, no parenchyma
+    fill: np.ndarray = field(init=False)    # share of the air replaced by water, [0, 1]
+    extra: np.ndarray = field(init=False)   # tissue added, cm of water
+    bare: np.ndarray = field(init=False)    # 1 where a collapsed lung leaves pure air: no vessels, no parenchyma
     masks: dict = field(default_factory=dict)   # {finding: bool (size, size)}
     notes: dict = field(default_factory=dict)   # {finding: where and how large}
 

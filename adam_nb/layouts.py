@@ -160,7 +160,7 @@ def _folder_splits(relative: list[str], patients: list[str], fractions: dict | N
     fractions = {"train": .9, "val": .1} if fractions is None else fractions
     return split_by_patient(patients, fractions, seed), [f"Whole patients were dealt to {', '.join(fractions)} with seed {seed}."]
 
-# %% ../nbs/04b_layouts.ipynb #d74c4939
+# %% ../nbs/04b_layouts.ipynb #9176d2e7
 @register("folder")
 def folder_records(
     root,                              # the folder
@@ -182,6 +182,8 @@ def folder_records(
     splits, notes = _folder_splits(relative, patients, fractions, seed)
     by_stem, stems = _mask_files(mask_root) if mask_root else {}, Counter(Path(p).stem for p in paths)
     if (twice := next((s for s in by_stem if stems[s] > 1), None)) is not None: raise AdamError(f"{stems[twice]} images in {root} are named '{twice}', and a mask in {mask_root} too: give each image a file name of its own.")
+    named = sum("mask" in Path(r).parent.as_posix().lower() for r in relative)
+    if named: notes.append(f"{named} of the {len(paths)} images lie in folders with 'mask' in their name and count as images; if they are masks, give their folder as masks.")
     records = [file_record(p, who, channels, by_stem.get(Path(p).stem), split=s) for p, who, s in zip(paths, patients, splits)]
     if mask_root and not any(r.load_masks for r in records): raise AdamError(f"No mask in {mask_root} has the name of an image in {root}; the stems must be equal.")
     return Records(records, mask_names=sorted({n for m in by_stem.values() for n in m}), notes=notes)

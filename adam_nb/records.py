@@ -209,7 +209,7 @@ def _deal(counts: np.ndarray, fractions: np.ndarray, rng) -> np.ndarray:
         lack[chosen[p]] -= counts[p]
     return chosen
 
-# %% ../nbs/02_records.ipynb #19274e1f
+# %% ../nbs/02_records.ipynb #d8874c02
 def split_by_patient(
     patients: Sequence[str],          # the patient of each image
     fractions: dict[str, float],      # split -> its share of the images; they sum to 1
@@ -219,6 +219,7 @@ def split_by_patient(
     "A split name for each image: seeded, whole patients, strata spread evenly. `AdamError` for fractions that do not sum to 1 or fewer patients than splits."
     if not all(isinstance(f, (int, float)) and 0 <= f <= 1 for f in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-6:
         raise AdamError(f"The fractions {fractions} must be numbers in [0, 1] that sum to 1.")
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0: raise AdamError(f"The seed of a split is {seed!r}, but must be a whole number from 0.")
     names = [n for n, f in fractions.items() if f > 0]
     who, patient = np.unique(np.asarray(patients, str), return_inverse=True)
     if len(who) < len(names): raise AdamError(f"{len(who)} patient(s) cannot be split into {', '.join(names)}; give fewer splits or more images.")
