@@ -106,7 +106,7 @@ def neighbours(
         precision[part] = np.divide(ap, found, out=np.full(len(ap), np.nan), where=found > 0)
     return knn1, precision, nearest
 
-# %% ../nbs/19_locality.ipynb #de387f3e
+# %% ../nbs/19_locality.ipynb #7a25c73f
 def linear_probe(
     features: np.ndarray,   # (N, D)
     code: np.ndarray,       # (N,)
@@ -125,7 +125,7 @@ def linear_probe(
         z = (features - mean)/np.where(std > 1e-8*max(std.max(), 1e-30), std, 1)
         if train.sum() < z.shape[1]: z = z @ np.linalg.qr(z[train].T)[0]
         if len(np.unique(code[train])) < 2: right[test] = code[test] == code[train][0]
-        else: right[test] = LogisticRegression(C=1.0, max_iter=1000).fit(z[train], code[train]).predict(z[test]) == code[test]
+        else: right[test] = LogisticRegression(C=1.0, tol=1e-3, max_iter=1000).fit(z[train], code[train]).predict(z[test]) == code[test]
     return right
 
 # %% ../nbs/19_locality.ipynb #fa7b5cc8

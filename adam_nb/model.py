@@ -139,7 +139,7 @@ class ProjectionHead(nn.Sequential):
     def __init__(self, dim_in: int, dim: int = 128, hidden: int | None = None):
         super().__init__(nn.Linear(dim_in, hidden or dim_in), nn.ReLU(inplace=True), nn.Linear(hidden or dim_in, dim))
 
-# %% ../nbs/11_model.ipynb #8e3f1d52
+# %% ../nbs/11_model.ipynb #178ffe18
 class SplitBatchNorm2d(nn.BatchNorm2d):
     "`BatchNorm2d` that in training normalises `splits` consecutive groups of the batch separately; running statistics are the mean over groups."
     splits = 1
@@ -153,8 +153,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if not self.training or groups == 1: return super().forward(x)
         means, variances = (b.expand(groups, -1).clone() for b in (self.running_mean, self.running_var))
         self.num_batches_tracked.add_(1)
+        sizes = [len(x)//groups + (i < len(x) % groups) for i in range(groups)]      # as tensor_split, whose backward is slower
         out = torch.cat([F.batch_norm(part, means[i], variances[i], self.weight, self.bias, True, self.momentum, self.eps)
-                         for i, part in enumerate(x.tensor_split(groups))])
+                         for i, part in enumerate(x.split(sizes))])
         self.running_mean.copy_(means.mean(0)); self.running_var.copy_(variances.mean(0))
         return out
 

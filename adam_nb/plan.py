@@ -130,7 +130,7 @@ def code_digest(notebook: Path) -> str:
             h.update(_code_only(f.read_text(encoding="utf-8")).encode())
     return h.hexdigest()[:16]
 
-# %% ../nbs/27_plan.ipynb #4d2542c2
+# %% ../nbs/27_plan.ipynb #3ba2d372
 @dataclass
 class Node:
     "One run notebook with its values. Paths are relative to the project root."
@@ -142,6 +142,7 @@ class Node:
     output: str                  # the file that is written last
     folder: str                  # the run's output folder
     whole_machine: bool = True   # takes all cores
+    key: str = ""                # pretraining: digest of all that decides the state after this stage
     @property
     def params(self) -> str: return f"{self.folder}/params/{self.name}.yaml"
     @property
@@ -163,7 +164,7 @@ def stage_signature(values: dict, stage: int) -> dict:
     if all(p is None for p in pruned): config.pop("threshold"), config.pop("prune_from")
     return config | {"pruned": pruned}
 
-# %% ../nbs/27_plan.ipynb #ef2dce4a
+# %% ../nbs/27_plan.ipynb #26ce43c0
 def _chain(folder, values, arm, seed, data, shared):
     "The pretraining nodes of one arm and seed, and its last folder. `shared` maps the digest of a stage to the folder that has it."
     nodes, before = [], None
@@ -175,7 +176,7 @@ def _chain(folder, values, arm, seed, data, shared):
             out = shared[key] = f"{folder}/{arm}/seed{seed}/stage{k}"
             wiring = {"out": out, "only": k, "init": before, "cache": f"{folder}/cache", "arm": arm}
             nodes.append(Node(f"pretrain.{arm}.seed{seed}.stage{k}", "pretrain", values, wiring,
-                              [data] + ([f"{before}/pretrain.json"] if before else []), f"{out}/pretrain.json", folder))
+                              [data] + ([f"{before}/pretrain.json"] if before else []), f"{out}/pretrain.json", folder, key=key))
         before = out
     return nodes, before
 
