@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do if $$p -c 'i
 PIP := .venv/bin/python -m pip
 PRESET ?= demo
 
-.PHONY: demo test test-all lab check clean
+.PHONY: demo test test-all lab check readme clean
 demo: .venv/.ready
 	@.venv/bin/adam_nb run $(PRESET)
 
@@ -35,4 +35,9 @@ check: .venv/.ready
 	@touch $@
 
 clean:
-	rm -rf outputs/* .snakemake
+	find outputs -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
+	rm -rf .snakemake
+
+# README.md from nbs/index.ipynb
+readme: .venv/.ready
+	.venv/bin/jupyter nbconvert --to markdown --RegexRemovePreprocessor.enabled=True --RegexRemovePreprocessor.patterns="^\s*\#\|\s*hide" --output-dir . --output README nbs/index.ipynb

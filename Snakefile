@@ -19,5 +19,6 @@ for node in nodes:
         log: notebook=node.executed
         # Training takes the whole machine; two trainings at once would fight for it.
         threads: workflow.cores if node.whole_machine else 1
-        params: name=node.name, plan=str(plan_path), python=sys.executable
-        shell: "{params.python:q} -m adam_nb.pipeline node {params.plan:q} {params.name:q}"
+        # The interpreter is no parameter: called by another name it must not rerun anything.
+        params: name=node.name, plan=str(plan_path)
+        shell: "{sys.executable:q} -m adam_nb.pipeline node {params.plan:q} {params.name:q}"

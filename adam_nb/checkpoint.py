@@ -82,7 +82,7 @@ def keep_newest(folder: str | os.PathLike, keep: int):
     for path in checkpoints(folder)[:-keep]: path.unlink(missing_ok=True)
     for path in Path(folder).glob(".step_*.tmp"): path.unlink(missing_ok=True)
 
-# %% ../nbs/13a_checkpoint.ipynb #949baa5a
+# %% ../nbs/13a_checkpoint.ipynb #454c1d02
 def _line(values: dict) -> str:
     "`values` as one line of JSON; numbers that JSON lacks become null."
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}, ensure_ascii=False) + "\n"
@@ -100,15 +100,20 @@ class Log:
         self._file.truncate(min(length, self.position()))
         self._file.seek(0, os.SEEK_END)
     def write(self, event: str, **values):
-        "Append one line."
-        self._file.write(_line({"event": event, **values}).encode())
-        self._file.flush()
+        "Append one line. `AdamError` when the disk refuses."
+        try:
+            self._file.write(_line({"event": event, **values}).encode())
+            self._file.flush()
+        except OSError as e:
+            raise AdamError(f"The log {self.path} could not be written ({e.strerror}); free some space or check the rights, then run the same command again.") from None
     def position(self, sync: bool = False) -> int:
         "The length of the file in bytes; with `sync` it is on the disk first."
         self._file.flush()
         if sync: os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
-    def close(self): self._file.close()
+    def close(self):
+        try: self._file.close()
+        except OSError: pass        # what the disk refused has been told when it was written; the next run cuts the log to its state
 
 # %% ../nbs/13a_checkpoint.ipynb #0d33ff19
 def read_log(path: str | os.PathLike) -> list[dict]:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from .draw import PALETTE, Drawing
 from .runs import read_run
 
-# %% ../nbs/23b_marks.ipynb #1a658f00
+# %% ../nbs/23b_marks.ipynb #2dc7b62e
 INK, GRID, PAPER = "#1c2127", "#d5dade", "#fffffe"   # text and frame, grid, and ground of labels: nothing else has these colours
 STYLE = {"font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 12, "legend.fontsize": 11, "legend.frameon": False,
           "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlecolor": INK,
@@ -25,9 +25,9 @@ STYLE = {"font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axe
           "lines.linewidth": 2.0, "figure.facecolor": "white", "axes.facecolor": "none", "svg.fonttype": "path"}
 GREY = "#7f7f7f"                                                  # untrained networks and controls
 ORANGE, SKY, GREEN, _, BLUE, VERMILION, PURPLE, _ = PALETTE   # yellow is too faint on white, black is invisible by night
-_COLOURS = {"random": GREY, "moco_v2": BLUE, "moco_v2_stage0": SKY, "adam_no_pruner": ORANGE, "adam": VERMILION, "adam_mixed": GREEN}
+_COLOURS = {"random": GREY, "moco_v2": BLUE, "moco_v2_200": SKY, "adam_no_pruner": ORANGE, "adam": VERMILION, "adam_mixed": GREEN}
 _MORE = [PURPLE, SKY, ORANGE, BLUE, GREEN, VERMILION]
-_MARKERS = {"random": "o", "moco_v2": "s", "moco_v2_stage0": "v", "adam_no_pruner": "^", "adam": "D", "adam_mixed": "P"}
+_MARKERS = {"random": "o", "moco_v2": "s", "moco_v2_200": "v", "adam_no_pruner": "^", "adam": "D", "adam_mixed": "P"}
 _MORE_MARKERS = ["X", "*", "<", ">", "p", "h"]
 
 def arm_style(arm: str, arms: list[str]) -> tuple[str, str]:

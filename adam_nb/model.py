@@ -236,7 +236,7 @@ class MemoryBank(nn.Module):
         self.ids[where] = ids[last].to(self.ids)
         self.ptr.copy_((self.ptr + n) % self.size); self.total.add_(n)
 
-# %% ../nbs/11_model.ipynb #14721a42
+# %% ../nbs/11_model.ipynb #0d85fa46
 class AdamOutput(NamedTuple):
     "Result of a forward pass of `Adam`; only `loss` and `q` carry gradients."
     loss: Tensor            # scalar
@@ -244,6 +244,7 @@ class AdamOutput(NamedTuple):
     positive: Tensor        # (B,) similarity of q and k
     negative_mean: Tensor   # (B,) mean similarity of the kept negatives; 0 where there is none
     accuracy: Tensor        # scalar in [0, 1]: share of anchors more similar to their positive than to any kept negative
+    excluded: Tensor        # (B,) int64, keys that were no negatives because they overlap the anchor; the pruner's share is of the rest
     q: Tensor               # (B, dim) unit norm
     k: Tensor               # (B, dim) unit norm
 
@@ -253,7 +254,7 @@ def ema_update(target: nn.Module, source: nn.Module, momentum: float) -> None:
     "Parameters of `target` become momentum·target + (1 − momentum)·source; buffers are left alone."
     torch._foreach_lerp_([p.detach() for p in target.parameters()], [p.detach() for p in source.parameters()], 1 - momentum)
 
-# %% ../nbs/11_model.ipynb #8084d912
+# %% ../nbs/11_model.ipynb #71c7d973
 class Adam(nn.Module):
     """The twin networks and the memory bank (paper section 2).
 
@@ -320,10 +321,11 @@ class Adam(nn.Module):
         exclude = overlap(ids.to(self.bank.ids), self.bank.ids) if exclude_own and ids is not None else None
         out = pruned_info_nce(q, k, self.bank.keys, self.temperature, self.threshold if prune else None, exclude)
         right = (out.positive > out.negative_max) | (out.kept == 0)
-        return AdamOutput(out.loss, out.kept, out.positive, out.negative_mean, right.to(out.positive.dtype).mean(), q, k)
+        excluded = torch.zeros_like(out.kept) if exclude is None else exclude.sum(1)
+        return AdamOutput(out.loss, out.kept, out.positive, out.negative_mean, right.to(out.positive.dtype).mean(), excluded, q, k)
 
     def enqueue(self, k: Tensor, ids: Tensor | None = None) -> None:
-        "Add keys (B, dim) to the bank; in a distributed run, those of all ranks."
+        "Add unit-norm keys (B, dim) and their part ids (B,) to the bank, after the step; ids None: unknown."
         self.bank.enqueue(k, ids)
 
     def update_twin(self) -> None:

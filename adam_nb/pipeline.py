@@ -41,7 +41,7 @@ def check_parameters(notebook: Path, parameters: dict):
     for key in parameters:
         if key not in known: raise AdamError(f"{notebook.name} has no parameter '{key}'.{nearest(key, known)}")
 
-# %% ../nbs/28_pipeline.ipynb #e0314526
+# %% ../nbs/28_pipeline.ipynb #bf3fc92b
 def clear_stale(node: Node):
     "Delete a pretraining node's folder when its checkpoints come from other parameters, code or images, or from another state of the stage before."
     import shutil
@@ -54,11 +54,13 @@ def clear_stale(node: Node):
     stamp = digest([node.key, code, images, before])
     out = root/node.wiring["out"]
     file = out/"made_from.txt"
-    if out.is_dir() and not (file.is_file() and file.read_text(encoding="utf-8") == stamp): shutil.rmtree(out)
+    if out.is_dir() and not (file.is_file() and file.read_text(encoding="utf-8") == stamp):
+        if any(out.iterdir()): print(f"    {node.wiring['out']} was made with other parameters, code or images: deleted and begun anew", file=sys.stderr)
+        shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(stamp, encoding="utf-8")
 
-# %% ../nbs/28_pipeline.ipynb #6599398f
+# %% ../nbs/28_pipeline.ipynb #a3002b78
 def run_node(
     plan_path: str,      # a `plan.json`, relative to the project root
     name: str,           # node
@@ -82,15 +84,17 @@ def run_node(
     print(f"[{nodes.index(node) + 1}/{len(nodes)}] {name}", file=sys.stderr, flush=True)
     t0 = time.time()
     try: papermill.execute_notebook(str(notebook), str(root/node.executed), parameters, progress_bar=False, stderr_file=sys.stderr, cwd=str(root), kernel_name="python3",
-                                        config=Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {}))       # a socket file, which nobody else can open
+                                        config=Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {}),       # a socket file, which nobody else can open
+                                        extra_arguments=["--IPKernelApp.log_level=50"])                                             # the kernel's remarks on its own end
     except PapermillExecutionError as e:
         if e.ename == "AdamError": raise AdamError(f"{name}: {e.evalue}") from None
         raise AdamError(f"{name} failed with {e.ename}: {e.evalue}; the executed notebook {node.executed} has the whole traceback.") from None
+    if not (root/node.output).is_file(): raise AdamError(f"{name} ended without writing {node.output}; the executed notebook {node.executed} shows what it did.")
     (root/node.output).touch()         # a finished stage has written nothing, but is up to date now
     print(f"    {node.output} ({time.time() - t0:.0f} s)", file=sys.stderr, flush=True)
     if node.notebook != "report": refresh_report(node.folder)
 
-# %% ../nbs/28_pipeline.ipynb #1122a86d
+# %% ../nbs/28_pipeline.ipynb #35289ed2
 def refresh_report(
     folder: str,           # a run's folder, relative to the project root
     every: float = 30.0,   # seconds that a report stays as it is
@@ -100,18 +104,21 @@ def refresh_report(
     first = not path.is_file()
     if not first and time.time() - path.stat().st_mtime < every: return
     from adam_nb.report import write_report
-    write_report(project_root()/folder, path)
+    try: write_report(project_root()/folder, path)
+    except Exception as e:      # a drawing must not cost the node's result, which the engine deletes when the node fails; the report node itself is not so lenient
+        print(f"    {path.name} could not be refreshed ({type(e).__name__}: {e}); the results stay", file=sys.stderr)
+        return
     if first: print(f"    first picture: {path}", file=sys.stderr, flush=True)
 
-# %% ../nbs/28_pipeline.ipynb #9d217abb
+# %% ../nbs/28_pipeline.ipynb #b4920508
 def _engine(plan_path: Path, cores: int, extra: list[str]) -> int:
-    "Run Snakemake on a plan; returns its exit code. Its own words are kept for the case that it fails."
+    "Run Snakemake on a plan, without its own commentary; returns its exit code."
     root = project_root()
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root/"Snakefile"), "--directory", str(root), "--cores", str(cores),
                "--config", f"plan={plan_path}", "--quiet", "all", *extra]
     return subprocess.run(command, cwd=root).returncode
 
-# %% ../nbs/28_pipeline.ipynb #f41c8046
+# %% ../nbs/28_pipeline.ipynb #584bf072
 def run(
     preset: str,                       # a folder below params/
     overrides: list[str] = (),         # key=value
@@ -121,11 +128,13 @@ def run(
 ) -> Path:
     "Run all of a preset that is not up to date; returns the report's path. `AdamError` when a node fails."
     root = project_root()
+    plan(preset, list(overrides), name)        # writes nothing: what cannot work is refused first
+    locks = root/".snakemake"/"locks"
+    if locks.is_dir() and any(locks.iterdir()) and "--unlock" not in engine:        # before the plan is written, which the other run reads
+        raise AdamError("Another run is at work in this checkout, or one was killed and left its lock. If none is running: adam_nb unlock.")
     path, remarks = write_plan(preset, overrides, name)
     nodes = read_plan(path)
     for r in remarks: print(r, file=sys.stderr)
-    if (root/".snakemake"/"locks").is_dir() and any((root/".snakemake"/"locks").iterdir()) and "--unlock" not in engine:
-        raise AdamError("Another run is at work in this checkout, or one was killed and left its lock. If none is running: adam_nb unlock.")
     code = _engine(path, cores or os.cpu_count() or 1, ["--rerun-incomplete", *engine])
     if code: raise AdamError(f"The run stopped (see above). What was computed stays; the same command goes on from there. Executed notebooks: {nodes[0].folder}/notebooks")
     return root/nodes[-1].output
@@ -163,10 +172,12 @@ def _cmd_unlock(a):
 
 def _cmd_node(a): run_node(a.plan, a.name)
 
-# %% ../nbs/28_pipeline.ipynb #f4081d0d
+# %% ../nbs/28_pipeline.ipynb #44d324ba
 def _cmd_check(a):
+    from adam_nb.config import override
     from adam_nb.data import check, format_check
-    report = check(a.dataset, a.root, full=a.full)
+    root, pairs = (None, [a.root, *a.options]) if a.root and "=" in a.root and not Path(a.root).exists() else (a.root, a.options)
+    report = check(a.dataset, root, full=a.full, progress=sys.stderr.isatty(), **override({}, pairs))
     print(json.dumps(report, indent=1, default=str) if a.json else format_check(report))
     return 0 if report["usable"] else 1
 
@@ -186,7 +197,7 @@ def _cmd_embed(a):
         for path, v in zip(files, vectors): out.writerow([str(path), *(f"{x:.6g}" for x in v)])
     print(f"{a.out}: {len(files)} images, {vectors.shape[1]} numbers each")
 
-# %% ../nbs/28_pipeline.ipynb #f66522c5
+# %% ../nbs/28_pipeline.ipynb #09e17e1d
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     p = argparse.ArgumentParser("adam_nb", description="Coarse-to-fine anatomy learning on radiographs, and what the embedding knows.")
@@ -198,7 +209,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_parser("presets", help="list the presets").set_defaults(do=_cmd_presets)
     sub.add_parser("unlock", help="remove the lock that a killed run has left").set_defaults(do=_cmd_unlock)
     c = sub.add_parser("check", help="look over a data set on disk")
-    c.add_argument("dataset"); c.add_argument("root", nargs="?"); c.add_argument("--full", action="store_true", help="decode every image"); c.add_argument("--json", action="store_true")
+    c.add_argument("dataset"); c.add_argument("root", nargs="?", help="default: its folder below ADAM_NB_DATA")
+    c.add_argument("options", nargs="*", metavar="key=value", help="of the data set, e.g. masks=FOLDER"); c.add_argument("--full", action="store_true", help="decode every image"); c.add_argument("--json", action="store_true")
     c.set_defaults(do=_cmd_check)
     e = sub.add_parser("embed", help="embed images with a checkpoint")
     e.add_argument("checkpoint"); e.add_argument("images", nargs="+", metavar="IMAGE"); e.add_argument("--out", default="embeddings.csv")
@@ -207,7 +219,7 @@ def parser() -> argparse.ArgumentParser:
     n.add_argument("plan"); n.add_argument("name"); n.set_defaults(do=_cmd_node)
     return p
 
-# %% ../nbs/28_pipeline.ipynb #2840774b
+# %% ../nbs/28_pipeline.ipynb #d1baaec7
 def main(argv: list[str] | None = None) -> int:
     "The console script. An error that the user can mend is one sentence on stderr and exit code 2."
     a = parser().parse_args(argv)
@@ -215,6 +227,9 @@ def main(argv: list[str] | None = None) -> int:
     except AdamError as e:
         print(f"adam_nb: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:        # the reader, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w")
+        return 0
     except KeyboardInterrupt:
         print("adam_nb: stopped; the same command goes on from here.", file=sys.stderr)
         return 130

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'Preset', 'config_class', 'preset_names', 'preset_folder', 'read_preset', 'modules_used', 'code_digest',
-           'Node', 'stage_signature', 'plan', 'write_params']
+           'Node', 'plan', 'write_params']
 
-# %% ../nbs/27_plan.ipynb #a8f8ba98
-import ast, dataclasses, hashlib, importlib, json
+# %% ../nbs/27_plan.ipynb #26b4b4dc
+import ast, dataclasses, hashlib, importlib, json, re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .config import AdamError, build, data_root, digest, nearest, override, project_root, read_yaml
+from .config import AdamError, build, data_root, digest, nearest, override, project_root, read_yaml, to_dict
+from .schedule import PrepareConfig, PretrainConfig, check, essence
 
 # %% ../nbs/27_plan.ipynb #17f572ad
 @dataclass
@@ -27,9 +28,9 @@ class Preset:
     needs: list[str] = field(default_factory=list)               # folders below ADAM_NB_DATA without which the preset cannot run
     optional: dict[str, str] = field(default_factory=dict)       # task or probe -> folder below ADAM_NB_DATA; left out, and said so, when absent
 
-# %% ../nbs/27_plan.ipynb #4482c0e0
+# %% ../nbs/27_plan.ipynb #58d26770
 CONFIGS = {  # run notebook -> the config that it fills; pretraining and downstream share `arm` and seeds by wiring
-    "prepare": ("adam_nb.schedule", "PrepareConfig"), "pretrain": ("adam_nb.trainer", "PretrainConfig"),
+    "prepare": ("adam_nb.schedule", "PrepareConfig"), "pretrain": ("adam_nb.schedule", "PretrainConfig"),
     "segment": ("adam_nb.segment", "SegmentConfig"), "classify": ("adam_nb.classify", "ClassifyConfig"),
     "probes": ("adam_nb.probes", "ProbeConfig"),
 }
@@ -49,7 +50,9 @@ def preset_folder(name: str) -> Path:
     if name not in preset_names(): raise AdamError(f"There is no preset '{name}'.{nearest(name, preset_names())}")
     return project_root()/"params"/name
 
-# %% ../nbs/27_plan.ipynb #78733896
+# %% ../nbs/27_plan.ipynb #f351731d
+_IN_PRESET = {"pretrain.seed": "pretrain_seeds=[0, 1]", "segment.task": "segment={heart_scr: {}}", "classify.task": "classify={chestxray14: {}}"}   # key -> how the preset says it
+
 def _fields(notebook: str) -> set[str]: return {f.name for f in dataclasses.fields(config_class(notebook))}
 
 def read_preset(
@@ -67,19 +70,18 @@ def read_preset(
     for pair in overrides:
         key, eq, _ = pair.partition("=")
         if not eq: raise AdamError(f"'{pair}' is not of the form key=value.")
-        node, dot, rest = key.partition(".")
-        if dot and node in values:
-            top = rest.split(".")[0]
-            if top not in known[node]: raise AdamError(f"'{pair}': {node}.yaml has no key '{top}'.{nearest(top, known[node])}")
-            values[node] = override(values[node], [pair[len(node) + 1:]])
-            continue
-        homes = [k for k, v in values.items() if node in v] or [k for k in values if node in known[k]]
-        if set(homes) == {"prepare", "pretrain"}:           # both describe the pretraining images
-            for k in homes: values[k] = override(values[k], [pair])
-            continue
-        if not homes: raise AdamError(f"'{pair}': no node of preset {name} has a key '{node}'.{nearest(node, set().union(*known.values()))}")
-        if len(homes) > 1: raise AdamError(f"'{pair}': several nodes have a key '{node}'; write {' or '.join(f'{h}.{pair}' for h in homes)}.")
-        values[homes[0]] = override(values[homes[0]], [pair])
+        node, dot, _ = key.partition(".")
+        named = dot and node in values
+        inside = pair[len(node) + 1:] if named else pair
+        top = re.split("[.=]", inside)[0]
+        if named and top not in known[node]: raise AdamError(f"'{pair}': {node}.yaml has no key '{top}'.{nearest(top, known[node])}")
+        homes = [node] if named else [k for k, v in values.items() if top in v] or [k for k in values if top in known[k]]
+        if not homes: raise AdamError(f"'{pair}': no node of preset {name} has a key '{top}'.{nearest(top, set().union(*known.values()))}")
+        if len(homes) > 1 and set(homes) != {"prepare", "pretrain"}:           # these two describe the same images
+            raise AdamError(f"'{pair}': several nodes have a key '{top}'; write {' or '.join(f'{h}.{pair}' for h in homes)}.")
+        for k in homes:
+            if instead := _IN_PRESET.get(f"{k}.{top}"): raise AdamError(f"'{pair}' would have no effect: the preset itself says it, for example {instead}.")
+            values[k] = override(values[k], [inside])
     preset = build(Preset, values.pop("preset"), str(folder/"preset.yaml"))
     for k, v in values.items(): build(config_class(k), v, str(folder/f"{k}.yaml"))
     return preset, values
@@ -105,10 +107,13 @@ def _imports(source: str) -> set[str]:
             found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("adam_nb.")}
     return found
 
-# %% ../nbs/27_plan.ipynb #974b68a3
-def modules_used(source: str, package: Path | None = None) -> list[str]:
+# %% ../nbs/27_plan.ipynb #96fe09b7
+def modules_used(
+    source: str,                     # Python
+    package: Path | None = None,     # folder of the modules; None: the checkout's
+) -> list[str]:
     "All modules of this package that `source` imports, directly or through another, by name."
-    package = package or Path(__file__).parent
+    package = package or project_root()/"adam_nb"
     todo, done = _imports(source), {}
     while todo:
         name = todo.pop()
@@ -123,20 +128,20 @@ def code_digest(notebook: Path) -> str:
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     source = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
     source = "\n".join(line for line in source.split("\n") if not line.lstrip().startswith("%"))
-    package = Path(__file__).parent
+    package = project_root()/"adam_nb"
     h = hashlib.sha256(_code_only(source).encode())
     for name in modules_used(source):
         for f in [p for p in (package/f"{name}.py", *sorted((package/name).glob("*.py"))) if p.is_file()]:
             h.update(_code_only(f.read_text(encoding="utf-8")).encode())
     return h.hexdigest()[:16]
 
-# %% ../nbs/27_plan.ipynb #3ba2d372
+# %% ../nbs/27_plan.ipynb #bafe3d28
 @dataclass
 class Node:
     "One run notebook with its values. Paths are relative to the project root."
     name: str                    # unique; also the name of its parameter file
     notebook: str                # stem below nbs/run
-    values: dict                 # what the user may set
+    values: dict                 # all fields of the notebook's config
     wiring: dict                 # paths and labels that connect nodes
     inputs: list[str]            # files that must exist before
     output: str                  # the file that is written last
@@ -148,39 +153,30 @@ class Node:
     @property
     def executed(self) -> str: return f"{self.folder}/notebooks/{self.name}.ipynb"
 
-# %% ../nbs/27_plan.ipynb #24f179d9
-_STAGEWISE = ("stages", "steps", "epochs")
-
-def stage_signature(values: dict, stage: int) -> dict:
-    "What decides the state after element `stage` of the stage list, so that arms which agree so far share the node."
-    config = dataclasses.asdict(build(config_class("pretrain"), values))
-    n = len(config["stages"])
-    config.pop("curriculum", None)                # a check of the list, not a part of the training
-    pruned = [config["threshold"] if k >= config["prune_from"] else None for k in range(stage + 1)]
-    if stage < n - 1: config.pop("select", None)  # chooses among the last stage's states only
-    for k in _STAGEWISE:
-        v = config.get(k)
-        config[k] = v[: stage + 1] if isinstance(v, list) else v
-    if all(p is None for p in pruned): config.pop("threshold"), config.pop("prune_from")
-    return config | {"pruned": pruned}
-
-# %% ../nbs/27_plan.ipynb #26ce43c0
-def _chain(folder, values, arm, seed, data, shared):
-    "The pretraining nodes of one arm and seed, and its last folder. `shared` maps the digest of a stage to the folder that has it."
+# %% ../nbs/27_plan.ipynb #1bd388f4
+def _chain(folder: str, config: PretrainConfig, arm: str, cache: str, data: str, shared: dict):
+    "The pretraining nodes of one arm and seed, and its last folder. `shared` maps what decides a stage's weights (`schedule.essence`, as a digest) to the folder that has them."
     nodes, before = [], None
-    stages = values.get("stages") or dataclasses.asdict(config_class("pretrain")())["stages"]
-    for k in range(len(stages)):
-        key = digest(stage_signature(values, k))
+    for k in range(len(config.stages)):
+        key = digest(essence(config, k))
         out = shared.get(key)
         if out is None:
-            out = shared[key] = f"{folder}/{arm}/seed{seed}/stage{k}"
-            wiring = {"out": out, "only": k, "init": before, "cache": f"{folder}/cache", "arm": arm}
-            nodes.append(Node(f"pretrain.{arm}.seed{seed}.stage{k}", "pretrain", values, wiring,
+            out = shared[key] = f"{folder}/{arm}/seed{config.seed}/stage{k}"
+            wiring = {"out": out, "only": k, "init": before, "cache": cache, "arm": arm}
+            nodes.append(Node(f"pretrain.{arm}.seed{config.seed}.stage{k}", "pretrain", to_dict(config), wiring,
                               [data] + ([f"{before}/pretrain.json"] if before else []), f"{out}/pretrain.json", folder, key=key))
         before = out
     return nodes, before
 
-# %% ../nbs/27_plan.ipynb #15de3707
+def _recipe(preset: str, arm: str, values: dict, changes: dict, seed: int, images: PrepareConfig) -> PretrainConfig:
+    "The checked config of one arm and seed. `AdamError` when it cannot work, or describes other images than prepare.yaml."
+    if "seed" in values | changes: raise AdamError(f"Arm {arm} of preset {preset}: 'seed' would have no effect; the seeds stand in 'pretrain_seeds' of preset.yaml.")
+    config = check(build(PretrainConfig, values | changes | {"seed": seed}, f"arm {arm} of preset {preset}"))
+    other = [f.name for f in dataclasses.fields(PrepareConfig) if getattr(config, f.name) != getattr(images, f.name)]
+    if other: raise AdamError(f"Arm {arm} of preset {preset} and prepare.yaml differ in {', '.join(other)}, but all nodes share one cache; give both the same value (on the command line: without 'prepare.' or 'pretrain.').")
+    return config
+
+# %% ../nbs/27_plan.ipynb #090c3452
 def plan(
     name: str,                     # preset
     overrides: list[str] = (),     # key=value
@@ -197,33 +193,31 @@ def plan(
     for what, need in preset.optional.items():
         if not (data_root()/need).is_dir():
             absent.add(what); remarks.append(f"{what} is left out: there is no folder {data_root()/need}.")
-    prepared = f"{folder}/prepare.json"
-    nodes = [Node("prepare", "prepare", values["prepare"], {"out": folder}, [], prepared, folder)]
+    prepared, images = f"{folder}/prepare.json", build(PrepareConfig, values["prepare"])
+    filled = lambda kind, v, what: to_dict(build(config_class(kind), v, f"{what} of preset {name}"))
+    nodes = [Node("prepare", "prepare", to_dict(images), {"out": folder}, [], prepared, folder)]
     shared = {}
     for seed in preset.pretrain_seeds:
         for arm, recipe in preset.arms.items():
             untrained = recipe.get("untrained", False)
-            mine = {**values["pretrain"], **{k: v for k, v in recipe.items() if k != "untrained"}, "seed": seed}
-            recipe = build(config_class("pretrain"), mine, f"arm {arm} of preset {name}")
+            recipe = _recipe(name, arm, values["pretrain"], {k: v for k, v in recipe.items() if k != "untrained"}, seed, images)
             ready, encoder = [prepared], None
             if not untrained:
-                chain, last = _chain(folder, mine, arm, seed, prepared, shared)
+                chain, last = _chain(folder, recipe, arm, images.cache or f"{folder}/cache", prepared, shared)
                 nodes += chain
                 ready, encoder = [f"{last}/pretrain.json"], f"{last}/encoder.safetensors"
             start = {"arm": arm, "encoder": encoder, "pretrain_seed": seed, "backbone": recipe.backbone, "in_channels": recipe.in_channels}
             for kind in ("segment", "classify"):
                 for task, extra in getattr(preset, kind).items():
                     if task in absent: continue
-                    v = {**values[kind], **extra, "task": task}
-                    build(config_class(kind), v, f"{kind} task {task} of preset {name}")
+                    v = filled(kind, {**values.get(kind, {}), **extra, "task": task}, f"{kind} task {task}")
                     out = f"{folder}/{arm}/seed{seed}/{task}.json"
                     nodes.append(Node(f"{kind}.{arm}.seed{seed}.{task}", kind, v, start | {"films": f"{folder}/films", "out": out}, ready, out, folder))
             for prefix, extra in preset.probes.items():
                 if prefix in absent: continue
-                v = {"view_size": recipe.view_size, **values["probes"], **extra}      # the same for all arms, also the untrained
-                last = build(config_class("probes"), v, f"probe {prefix} of preset {name}").probes[-1]
+                v = filled("probes", {"view_size": recipe.view_size, **values.get("probes", {}), **extra}, f"probe {prefix}")      # the same size for all arms, also the untrained
                 here = f"{folder}/{arm}/seed{seed}"
-                nodes.append(Node(f"probes.{arm}.seed{seed}.{prefix}", "probes", v, start | {"folder": here, "prefix": prefix}, ready, f"{here}/{prefix}_{last}.json", folder))
+                nodes.append(Node(f"probes.{arm}.seed{seed}.{prefix}", "probes", v, start | {"folder": here, "prefix": prefix}, ready, f"{here}/{prefix}_{v['probes'][-1]}.json", folder))
     results = [n.output for n in nodes if n.notebook != "prepare"]
     nodes.append(Node("figures", "figures", {}, {"folder": folder, "out": f"{folder}/figures"}, results, f"{folder}/figures/figures.json", folder, False))
     nodes.append(Node("report", "report", {}, {"folder": folder, "out": f"{folder}/report.html"}, results + [f"{folder}/figures/figures.json"], f"{folder}/report.html", folder, False))

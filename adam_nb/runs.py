@@ -7,8 +7,8 @@ __all__ = ['ARMS', 'LANDMARKS', 'Missing', 'Run', 'read_run', 'inside', 'chain_f
            'pretraining', 'waiting', 'probe_prefix', 'probe_results', 'log_steps', 'stage_series', 'level_name',
            'Curve', 'curve', 'invented_run']
 
-# %% ../nbs/23a_runs.ipynb #648158a8
-import json
+# %% ../nbs/23a_runs.ipynb #dec0f278
+import json, os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Run:
     plan: dict = field(default_factory=dict)                # plan.json as it is
     problems: dict[str, str] = field(default_factory=dict)  # file -> why it could not be read
 
-# %% ../nbs/23a_runs.ipynb #d4ded19a
+# %% ../nbs/23a_runs.ipynb #f957fb01
 _NO_RESULTS = {"cache", "checkpoints", "figures", "films", "notebooks", "params"}   # folders of a run without result JSONs
 
 def read_run(
@@ -57,7 +57,16 @@ def read_run(
             lacks = [k for k in ("arm", "seeds", "config", "data", "metrics", "n") if not isinstance(obj.get(k), str if k == "arm" else dict)]
             if lacks: run.problems[str(name)] = f"{path.name} lacks {', '.join(lacks)}; delete it and run its node again."
             else: run.results.append({**obj, "_path": str(name), "series": obj.get("series") or {}, "pictures": obj.get("pictures") or {}})
+    if run.nodes: run.results = [r for r in run.results if _planned(run.nodes, r["_path"])]
     return run
+
+def _planned(nodes: list[dict], path: str) -> bool:
+    "Whether the plan makes this result: arms, tasks and seeds that were taken out of it leave their files behind."
+    for node in nodes:
+        within = lambda p: os.path.relpath(p, node["folder"])
+        if within(node["output"]) == path: return True
+        if "prefix" in node["wiring"] and path.startswith(within(f"{node['wiring']['folder']}/{node['wiring']['prefix']}_")): return True
+    return False
 
 # %% ../nbs/23a_runs.ipynb #48493de4
 def inside(run: Run, path: str) -> str:
@@ -86,9 +95,9 @@ def chain_folders(
         last = before.get(last)
     return out
 
-# %% ../nbs/23a_runs.ipynb #741089af
+# %% ../nbs/23a_runs.ipynb #bdff5e5f
 ARMS = {  # arm -> name in figures; this order is the order of all figures
-    "random": "Random initialisation", "moco_v2": "MoCo-v2", "moco_v2_stage0": "MoCo-v2, first stage", "adam_no_pruner": "Adam without pruner",
+    "random": "Random initialisation", "moco_v2": "MoCo-v2", "moco_v2_200": "MoCo-v2, one stage", "adam_no_pruner": "Adam without pruner",
     "adam": "Adam", "adam_mixed": "Adam on mixed levels",
 }
 
@@ -240,7 +249,7 @@ def _invented_picture(shift: int) -> str:
     Image.fromarray(grey.astype(np.uint8)).save(out, "PNG")
     return base64.b64encode(out.getvalue()).decode()
 
-# %% ../nbs/23a_runs.ipynb #9d8cd4b3
+# %% ../nbs/23a_runs.ipynb #c4133bb4
 def invented_run(
     folder: Path,
     arms: tuple[str, ...] = ("random", "moco_v2", "adam_no_pruner", "adam"),
@@ -273,7 +282,7 @@ def invented_run(
                 before = out
             after = {"arm": arm, "encoder": before and f"{base}/{before}/encoder.safetensors", "pretrain_seed": seed}
             for kind, name in (("segment", "scr"), ("classify", "findings"), ("probes", "probe_correspondence")):
-                nodes.append({"name": f"{kind}.{arm}.seed{seed}.{name.split('_')[0]}", "notebook": kind, "values": {}, "wiring": after | {"out": f"{base}/{arm}/seed{seed}/{name}.json"}, "inputs": [], "output": f"{base}/{arm}/seed{seed}/{name}.json", "folder": base})
+                nodes.append({"name": f"{kind}.{arm}.seed{seed}.{name.split('_')[0]}", "notebook": kind, "values": {}, "wiring": after | ({"folder": f"{base}/{arm}/seed{seed}", "prefix": "probe"} if kind == "probes" else {"out": f"{base}/{arm}/seed{seed}/{name}.json"}), "inputs": [], "output": f"{base}/{arm}/seed{seed}/{name}.json", "folder": base})
             _invented_downstream(lambda path, *args, **kw: write(f"{arm}/seed{seed}/{path}", *args, **kw), arm, a, seed, data, rng)
     nodes += [{"name": k, "notebook": k, "values": {}, "wiring": {"folder": base}, "inputs": [], "output": f"{base}/{k}.html", "folder": base} for k in ("figures", "report")]
     write_json(folder/"plan.json", {"nodes": nodes})

@@ -7,7 +7,7 @@ __all__ = ['CHANCE_AFTER', 'Position', 'Run', 'snapshot', 'save', 'diverged', 'r
            'read_pending', 'log_steps', 'Timer', 'warn', 'validate', 'train_stage', 'end_stage', 'stage_summary',
            'at_chance', 'pretrain', 'main', 'PretrainConfig', 'plot_log']
 
-# %% ../nbs/13e_trainer.ipynb #6f88335a
+# %% ../nbs/13e_trainer.ipynb #d02a4f07
 import argparse, math, os, sys, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,18 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm as tqdm_text
-from tqdm.auto import tqdm
 
 from .checkpoint import Log, checkpoint_path, keep_newest, newest_state, read_log, save_state
-from .config import AdamError, build, override, read_yaml
+from .config import AdamError, build, override, read_yaml, tqdm
 from .curves import plot_log
 from .feed import forewarnings, level_of, open_cache, split_indices, stage_loader, validation_batches
 from .model import Adam
 from .outcome import PretrainResult, artefacts, export, load_init, state_digest, verify
 from .results import read_json
 from .schedule import PretrainConfig, Stage, check, essence, learning_rate, stage_list
-from .views import overlap
 
 _all_ = ["PretrainConfig", "plot_log"]      # found here too: who trains needs both
 
@@ -42,16 +39,16 @@ class Position:
     pending: list = field(default_factory=list)   # statistics of updates that wait for their line in the log
     levels: list = field(default_factory=list)    # the levels of those updates
 
-# %% ../nbs/13e_trainer.ipynb #20ce4023
-_STATISTICS = ("loss", "kept", "pruned_fraction", "positive", "negative_mean", "accuracy")
+# %% ../nbs/13e_trainer.ipynb #1eb4e21f
+_STATISTICS = ("loss", "chance", "kept", "pruned_fraction", "positive", "negative_mean", "accuracy")
 
-def _statistics(out, own: torch.Tensor | float, bank_size: int, prunes: bool) -> torch.Tensor:
-    "What the log says of one update, as a (6,) tensor that stays on the device: reading it at once would make a GPU wait."
+def _statistics(out, bank_size: int, prunes: bool) -> torch.Tensor:
+    "What the log says of one update (an `AdamOutput`), as a (7,) tensor that stays on the device: reading it at once would make a GPU wait."
     kept = out.kept.float().mean()
-    pruned = 1 - kept / (bank_size - own) if prunes else torch.zeros_like(kept)      # of the keys that exclusion had left
-    return torch.stack([out.loss.detach(), kept, pruned, out.positive.mean(), out.negative_mean.mean(), out.accuracy])
+    pruned = 1 - kept / (bank_size - out.excluded.float().mean()) if prunes else torch.zeros_like(kept)      # of the keys that exclusion had left
+    return torch.stack([out.loss.detach(), out.kept.float().log1p().mean(), kept, pruned, out.positive.mean(), out.negative_mean.mean(), out.accuracy])
 
-# %% ../nbs/13e_trainer.ipynb #64c26420
+# %% ../nbs/13e_trainer.ipynb #a0ff6c7b
 class Run:
     "A pretraining run in progress: model, images, position and log."
     def __init__(self, config: PretrainConfig, out: Path, cache, device: torch.device, init_digest: str | None, only: int | None, progress: bool, on_step=None):
@@ -65,14 +62,13 @@ class Run:
         self.model.to(memory_format=self.layout)
         self.at, self.optimizer, self.log, self.init_digest = Position(stage=only or 0), None, None, init_digest
         self.end = len(self.stages) if only is None else only + 1       # the element before which the run is over
-        self.warned_chance = False
 
     @property
     def data(self) -> dict:
         "The images of this run, as results name them."
         return {"name": self.config.data, "hash": self.cache.hash, "n": len(self.cache)}
 
-# %% ../nbs/13e_trainer.ipynb #1f12282f
+# %% ../nbs/13e_trainer.ipynb #765b49b7
 def snapshot(run: Run) -> dict:
     "All that the next update depends on, as plain values and tensors."
     at = run.at
@@ -89,7 +85,7 @@ def save(run: Run):
     if not torch.stack(norms).isfinite().all(): raise diverged(run)
     folder = run.out/"checkpoints"
     save_state(checkpoint_path(folder, run.at.global_step), snapshot(run))
-    keep_newest(folder, run.config.keep)
+    keep_newest(folder, 1 if run.at.stage >= run.end else run.config.keep)      # a finished run needs its last state alone
 
 def diverged(run: Run) -> AdamError:
     "The error for a loss or weights that are not finite."
@@ -111,7 +107,7 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
     if c.optimizer == "sgd": return torch.optim.SGD(parameters, lr=c.lr, momentum=c.sgd_momentum, weight_decay=c.weight_decay, fused=True)
     return torch.optim.AdamW(parameters, lr=c.lr, weight_decay=c.weight_decay, fused=True)
 
-# %% ../nbs/13e_trainer.ipynb #667bb63b
+# %% ../nbs/13e_trainer.ipynb #297605c2
 def _autocast(run: Run):
     return torch.autocast(run.device.type, dtype=torch.bfloat16) if run.config.precision == "bf16" else nullcontext()
 
@@ -132,8 +128,7 @@ def update(run: Run, stage: Stage, batch):
     except AdamError as e:
         raise diverged(run) if "diverged" in str(e) else e from None
     if run.device.type == "cpu" and not math.isfinite(out.loss.item()): raise diverged(run)
-    own = overlap(ids, model.bank.ids).sum(1).float().mean() if prunes and c.exclude_own else 0.0
-    at.pending.append(_statistics(out, own, c.bank_size, prunes)); at.levels.append(level)
+    at.pending.append(_statistics(out, c.bank_size, prunes)); at.levels.append(level)
     run.optimizer.zero_grad(set_to_none=True)
     out.loss.backward()
     run.optimizer.step()
@@ -141,7 +136,7 @@ def update(run: Run, stage: Stage, batch):
     model.enqueue(out.k, ids)
     at.step += 1; at.global_step += 1
 
-# %% ../nbs/13e_trainer.ipynb #0e94f5f3
+# %% ../nbs/13e_trainer.ipynb #bdbed1b7
 def read_pending(run: Run):
     "Turn waiting statistics into numbers (one wait for the device); refuse a loss that is not finite."
     at = run.at
@@ -157,14 +152,14 @@ def log_steps(run: Run, stage: Stage, timer: "Timer") -> dict:
     mean = dict(zip(_STATISTICS, np.mean(at.pending, axis=0).tolist()))
     levels = sorted(set(at.levels))
     line = dict(stage=stage.index, step=at.step, global_step=at.global_step, level=levels[0] if len(levels) == 1 else levels, epoch=(at.step - 1) // stage.steps_per_epoch,
-                loss=mean["loss"], chance=math.log1p(mean["kept"]), kept=mean["kept"], kept_fraction=mean["kept"] / c.bank_size, pruned_fraction=mean["pruned_fraction"],
+                loss=mean["loss"], chance=mean["chance"], kept=mean["kept"], kept_fraction=mean["kept"] / c.bank_size, pruned_fraction=mean["pruned_fraction"],
                 positive=mean["positive"], negative_mean=mean["negative_mean"], accuracy=mean["accuracy"], bank_fill=run.model.bank.filled,
                 lr=learning_rate(c, stage, at.step - 1), **timer.read(c.batch_size))
     run.log.write("step", **line)
     at.pending, at.levels = [], []
     return line
 
-# %% ../nbs/13e_trainer.ipynb #88b45686
+# %% ../nbs/13e_trainer.ipynb #3e6c2dc5
 class Timer:
     "Seconds and updates since it was last read, and how many of the seconds the loop waited for views."
     def __init__(self): self.start, self.waited, self.updates = time.perf_counter(), 0.0, 0
@@ -187,26 +182,26 @@ class Timer:
             batch = next(iterator, None)
             self.waited += time.perf_counter() - before
             if batch is None: return
+            self.updates += 1       # before the batch is handed over: the loop reads the timer while it has it
             yield batch
-            self.updates += 1
 
-# %% ../nbs/13e_trainer.ipynb #1f8ea2e8
+# %% ../nbs/13e_trainer.ipynb #9f623141
 def warn(run: Run, message: str):
     "Tell the user, and the log."
     run.log.write("warning", stage=run.at.stage, global_step=run.at.global_step, message=message)
-    warnings.warn(message, stacklevel=3)
+    warnings.warn_explicit(message, UserWarning, "pretraining", run.at.stage)      # no line of ours in it: the user's parameters are meant
 
-# %% ../nbs/13e_trainer.ipynb #b2364f22
+# %% ../nbs/13e_trainer.ipynb #84bddab0
 def validate(run: Run, stage: Stage) -> dict:
     "Unpruned InfoNCE and accuracy on the validation images, means over images and levels; written to the log."
     rows, n = [], 0
     for batch in validation_batches(run.config, run.cache, run.val, stage):
         x_q, x_k, ids = _put(run, batch)
         with _autocast(run): out = run.model.validation_loss(x_q, x_k, ids, exclude_own=run.config.exclude_own)
-        rows.append(torch.stack([out.loss, out.accuracy, out.kept.float().mean()]) * len(ids)); n += len(ids)
-    loss, accuracy, kept = (torch.stack(rows).sum(0) / n).tolist()
+        rows.append(torch.stack([out.loss, out.kept.float().log1p().mean(), out.accuracy]) * len(ids)); n += len(ids)
+    loss, chance, accuracy = (torch.stack(rows).sum(0) / n).tolist()
     at = run.at
-    line = dict(stage=stage.index, step=at.step, global_step=at.global_step, loss=loss, chance=math.log1p(kept), accuracy=accuracy,
+    line = dict(stage=stage.index, step=at.step, global_step=at.global_step, loss=loss, chance=chance, accuracy=accuracy,
                 bank_renewed=at.step * run.config.batch_size >= run.config.bank_size, n_images=len(run.val))
     run.log.write("validation", **line)
     last = stage.index == len(run.stages) - 1
@@ -214,11 +209,10 @@ def validate(run: Run, stage: Stage) -> dict:
         at.best = {"loss": loss, "global_step": at.global_step, "encoder": {k: v.detach().cpu().clone() for k, v in run.model.encoder.state_dict().items()}}
     return line
 
-# %% ../nbs/13e_trainer.ipynb #491fa735
+# %% ../nbs/13e_trainer.ipynb #ecc3980e
 def _bar(run: Run, stage: Stage):
-    "A progress bar; as plain text where the notebook's widgets are not seen (a pipeline's log)."
-    kind = tqdm_text if os.environ.get("ADAM_NB_TEXT_PROGRESS") else tqdm
-    return kind(total=stage.steps, initial=run.at.step, desc=f"stage {stage.index}, level {', '.join(map(str, stage.levels))}", unit="update", disable=not run.progress, mininterval=0.5)
+    "A progress bar over what is left of a stage."
+    return tqdm(total=stage.steps, initial=run.at.step, desc=f"stage {stage.index}, level {', '.join(map(str, stage.levels))}", unit="update", disable=not run.progress)
 
 def train_stage(run: Run, stage: Stage):
     "Train from where the run stands to the end of a stage, and save the state at the border."
@@ -254,7 +248,7 @@ def end_stage(run: Run, stage: Stage):
     if run.at.stage >= run.end: run.log.write("finished", global_step=run.at.global_step, seconds=round(run.at.seconds, 1))
     save(run)
 
-# %% ../nbs/13e_trainer.ipynb #a23b8a64
+# %% ../nbs/13e_trainer.ipynb #466d1812
 def stage_summary(run: Run, stage: Stage) -> dict:
     "A stage in one line: means over the last tenth of its log lines, and the last validation."
     events = [e for e in read_log(run.log.path) if e.get("stage") == stage.index]
@@ -269,10 +263,11 @@ CHANCE_AFTER = 200      # updates of a stage after which a loss at chance level 
 
 def at_chance(run: Run, stage: Stage, line: dict):
     "Warn, once a stage, when the loss is still that of an encoder which cannot tell anything apart."
-    if run.at.step - run.config.log_every < CHANCE_AFTER <= run.at.step and line["loss"] > line["chance"] - 0.05:
+    before = (run.at.step - 1) // run.config.log_every * run.config.log_every       # the line before this one; nothing remembered, so that a resumed run says the same
+    if before < CHANCE_AFTER <= run.at.step and line["loss"] > line["chance"] - 0.05:
         warn(run, f"stage {stage.index}: after {run.at.step} updates the loss {line['loss']:.2f} is still at chance level {line['chance']:.2f}; raise 'lr', lower 'bank_size', or set exclude_own: true.")
 
-# %% ../nbs/13e_trainer.ipynb #885ab7fd
+# %% ../nbs/13e_trainer.ipynb #15a06157
 def pretrain(
     config: PretrainConfig,
     out: str | os.PathLike,                    # folder of the run
@@ -289,6 +284,7 @@ def pretrain(
     (same number of threads). `AdamError` for all that the user can mend.
     """
     config, out = check(config), Path(out)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise AdamError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but pretraining is one process, and several would write into one folder; start it without torchrun.")
     if only is not None and not 0 <= only < len(config.stages): raise AdamError(f"only={only}, but 'stages' has {len(config.stages)} elements; give 0 to {len(config.stages) - 1}.")
     found = newest_state(out/"checkpoints")
     if only and init is None: raise AdamError(f"only={only} goes on from an earlier stage: give init=, the folder in which stage {only - 1} was run.")
@@ -305,7 +301,7 @@ def pretrain(
         finally: torch.set_num_threads(threads)
     return PretrainResult(out, out/"encoder.safetensors", out/"encoder_last.safetensors", out/"log.jsonl", read_json(out/"pretrain.json")["metrics"])
 
-# %% ../nbs/13e_trainer.ipynb #f6204451
+# %% ../nbs/13e_trainer.ipynb #5e24e7e3
 def _train(config, out, only, start, init_digest, state, progress, arm, on_step):
     "Train what is left of a run, and write its outcome."
     cache = open_cache(config, out, progress)
@@ -315,7 +311,7 @@ def _train(config, out, only, start, init_digest, state, progress, arm, on_step)
         if state:
             if state["data"] != run.data: raise AdamError(f"The images have changed since the checkpoint in {out} was written (another data hash); train into another folder, or restore the images.")
             restore(run, state)
-            if state["threads"] != torch.get_num_threads(): warnings.warn(f"This run began with {state['threads']} threads and goes on with {torch.get_num_threads()}; results then differ in the last bits. Set 'threads' to have them equal.", stacklevel=3)
+            if state["threads"] != torch.get_num_threads(): warnings.warn(f"This run began with {state['threads']} threads and goes on with {torch.get_num_threads()}; results then differ in the last bits. Set 'threads' to have them equal.", stacklevel=2)
         elif start:
             run.model.load_state_dict(start["model"])
             run.at.global_step = start["global_step"]

@@ -1,6 +1,7 @@
 """The whole pipeline at its smallest, in a folder of its own: it ends, does nothing twice, and reruns only what a change touches."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ OUT = ROOT/"outputs"/NAME
 def run(*args): return subprocess.run([sys.executable, "-m", "adam_nb.pipeline", "run", "smoke", *args, f"name={NAME}"], cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
-def ran(done): return [line.split("] ")[1] for line in done.stderr.splitlines() if line.startswith("[") and "] " in line]
+def ran(done): return re.findall(r"^\[\d+/\d+\] (\S+)$", done.stderr, re.M)
 
 
 @pytest.fixture(scope="module")

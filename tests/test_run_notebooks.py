@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from adam_nb.config import build, digest, read_yaml
+from adam_nb.config import AdamError, build, digest, read_yaml
 from adam_nb.plan import CONFIGS, config_class, plan, preset_names, read_preset
+from adam_nb.tasks import task
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = sorted((ROOT/"nbs/run").glob("*.ipynb"))
@@ -45,11 +46,38 @@ def test_no_logic_in_a_run_notebook(path):
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_presets_are_valid(name):
+def test_presets_can_be_planned(name, tmp_path, monkeypatch):
+    "Every preset, with its data sets at hand, becomes nodes that leave nothing to the notebooks' own defaults."
     preset, values = read_preset(name)
     assert set(values) >= {"prepare", "pretrain"}
-    same = {k: values["pretrain"].get(k) for k in values["prepare"] if k in {f.name for f in dataclasses.fields(config_class("pretrain"))}}
-    assert {k: values["prepare"][k] for k in same} == same, f"{name}: prepare.yaml and pretrain.yaml describe different images"
+    monkeypatch.setenv("ADAM_NB_DATA", str(tmp_path))
+    for folder in {*preset.needs, *preset.optional.values()}: (tmp_path/folder).mkdir()
+    for notebook in CONFIGS:      # papermill -f with such a file alone must not meet the smoke size's defaults
+        if notebook in values: assert set(read_yaml(ROOT/f"params/smoke/{notebook}.yaml")) <= set(values[notebook]), (name, notebook)
+    nodes, remarks = plan(name)
+    assert remarks == [] and len({n.name for n in nodes}) == len({n.output for n in nodes}) == len(nodes)
+    images = next(n.values for n in nodes if n.notebook == "prepare")
+    for n in nodes:      # what is tested was not pretrained on: the same split of the same films, or other phantoms
+        data, options = n.values.get("data") or (task(n.values["task"]).dataset if "task" in n.values else None), n.values.get("data_options")
+        if n.notebook in ("segment", "classify", "probes") and data == images["data"]:
+            assert options["seed"] != images["data_options"]["seed"] if data.startswith("phantom") else options == images["data_options"], n.name
+    made = set()
+    for n in nodes:      # each node's inputs are made by nodes before it
+        assert set(n.inputs) <= made, n.name
+        made.add(n.output)
+        assert set(n.values) | set(n.wiring) == set(parameters(ROOT/f"nbs/run/{n.notebook}.ipynb")), n.name
+
+
+def test_other_images_for_an_arm_are_refused(monkeypatch):
+    import adam_nb.plan
+    preset, values = read_preset("smoke")
+    monkeypatch.setattr(adam_nb.plan, "read_preset", lambda *_: (dataclasses.replace(preset, arms={"adam": {"cache_size": 64}}), values))
+    with pytest.raises(AdamError, match="cache_size"): plan("smoke")
+
+
+def test_what_cannot_change_the_weights_does_not_change_a_stage():
+    keys = [[n.key for n in plan("smoke", [pair], "x")[0] if n.notebook == "pretrain"] for pair in ("workers=0", "workers=1", "pretrain.log_every=3", "pretrain.lr=0.1")]
+    assert keys[0] == keys[1] == keys[2] and not set(keys[0]) & set(keys[3])
 
 
 def test_arms_share_what_is_equal():

@@ -25,7 +25,7 @@ from ..pruner import keep_mask, pruned_info_nce
 from ..views import overlap, pack_id, unpack_id
 from .decomposer import to_png
 
-# %% ../../nbs/26b_widgets.pruner.ipynb #1469322e
+# %% ../../nbs/26b_widgets.pruner.ipynb #923691de
 @dataclass
 class Parts:
     "Parts of several images: projected embeddings (N, D) of unit length, thumbnails (N, S, S) in [0, 1], key ids (N,) int64."
@@ -33,7 +33,7 @@ class Parts:
     pictures: np.ndarray
     ids: Tensor
     def __post_init__(self):
-        if not len(self.keys): raise AdamError("There is no part to explore; give at least two images.")
+        if len(self.keys) < 2: raise AdamError("There is no part to compare with; give at least two images.")
         if not torch.isfinite(self.keys).all(): raise AdamError("Embeddings of parts hold NaN or infinity; load another checkpoint.")
         self.keys = F.normalize(self.keys.float(), dim=1)
     def __len__(self): return len(self.keys)
@@ -104,15 +104,16 @@ class PrunerExplorer:
         q = self.parts.keys[self.anchor][None]
         return float(pruned_info_nce(q, q, self.parts.keys[self.others], self.temperature, threshold).loss)
 
-# %% ../../nbs/26b_widgets.pruner.ipynb #96c9bee7
+# %% ../../nbs/26b_widgets.pruner.ipynb #09c58c92
 def show_pruning(
     parts: Parts,
     anchor: int = 0,           # index of the anchor
     threshold: float = 0.8,    # γ
     show: int = 24,            # thumbnails: the most similar parts
+    temperature: float = 0.2,  # τ, of the losses in the title
 ) -> Figure:
     "The anchor, the parts most similar to it (kept or pruned), and the distribution of all similarities."
-    e = PrunerExplorer(parts, anchor, threshold)
+    e = PrunerExplorer(parts, anchor, threshold, temperature)
     similarity, pruned, others = e.similarity.numpy(), e.pruned.numpy(), e.others.numpy()
     columns = 8
     rows = -(-min(show, len(others)) // columns)
@@ -134,7 +135,7 @@ def show_pruning(
     ax.legend(frameon=False, fontsize=9)
     return figure
 
-# %% ../../nbs/26b_widgets.pruner.ipynb #c19f74bf
+# %% ../../nbs/26b_widgets.pruner.ipynb #c7298d1c
 def _build(self):
     import ipywidgets as w
     anchor = w.BoundedIntText(self.anchor, min=0, max=len(self.parts) - 1, description="anchor", layout=w.Layout(width="160px"))
@@ -143,7 +144,7 @@ def _build(self):
     def redraw(_=None):
         try:
             self.anchor, self.threshold = anchor.value, slider.value
-            picture.value, words.value = to_png(show_pruning(self.parts, self.anchor, self.threshold, self.show)), ""
+            picture.value, words.value = to_png(show_pruning(self.parts, self.anchor, self.threshold, self.show, self.temperature)), ""
         except AdamError as e: words.value = str(e)
     for control in (anchor, slider): control.observe(redraw, "value")
     redraw()
