@@ -5,14 +5,11 @@
 # %% auto #0
 __all__ = ['PLANNED', 'names', 'dataset', 'map_processes', 'check', 'format_check']
 
-# %% ../nbs/05_data.ipynb #127072f4
-import hashlib, multiprocessing, os, signal, sys, threading, time
-from collections import defaultdict, deque
+# %% ../nbs/05_data.ipynb #5836411b
+import contextlib, hashlib, multiprocessing, multiprocessing.connection, os, signal, sys, threading, time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
-from itertools import islice
 
 import numpy as np
 
@@ -117,29 +114,53 @@ def _phantom_fundus(root=None, n: int = 200, size: int = 256, seed: int = 0) -> 
     "Generated colour fundus photographs with masks."
     return _phantom_records("fundus", n, size, seed)
 
-# %% ../nbs/05_data.ipynb #00e19a8a
-def _start_worker(parent: int):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C ends the parent, which ends the workers
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
+# %% ../nbs/05_data.ipynb #0ff50015
 def _end_with(parent: int):
     "A worker whose parent was killed would wait for work for ever."
     while os.getppid() == parent: time.sleep(1)
     os._exit(1)
 
-def _pool_map(function, items, workers):
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    try:
-        with ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(),)) as pool:
-            source = iter(items)
-            waiting = deque(pool.submit(function, item) for item in islice(source, 4*workers))
-            try:
-                while waiting:
-                    yield waiting.popleft().result()
-                    waiting.extend(pool.submit(function, item) for item in islice(source, 1))
-            finally: pool.shutdown(cancel_futures=True)
-    except BrokenProcessPool:
+def _serve(pipe, function, parent: int):
+    "A worker: answers each (item,) with (True, result) or (False, error), until it is told to stop."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C ends the parent, which ends the workers
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    while (message := pipe.recv()) is not None:
+        try: pipe.send((True, function(*message)))
+        except Exception as e: pipe.send((False, e))
+
+def _told(call, *args):
+    try: return call(*args)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         raise AdamError("A process that was decoding images was ended by the system, most likely for lack of memory; use fewer workers.") from None
+
+def _pool_map(function, items, workers):
+    "One pipe a worker and no thread in this process: an executor's helper threads and fork do not go together."
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pipes, processes, busy, done, source = [], [], {}, {}, enumerate(items)
+    wanted = sent = 0
+    try:
+        for _ in range(workers):
+            pipe, theirs = context.Pipe()
+            processes.append(context.Process(target=_serve, args=(theirs, function, os.getpid()), daemon=True))
+            processes[-1].start(); theirs.close(); pipes.append(pipe)
+        while True:
+            for pipe in [p for p in pipes if p not in busy and sent - wanted < 4*workers]:      # results wait in bounded number
+                if (following := next(source, None)) is None: break
+                _told(pipe.send, (following[1],))
+                busy[pipe], sent = following[0], following[0] + 1
+            if wanted == sent: return
+            if wanted in done:
+                good, result = done.pop(wanted)
+                wanted += 1
+                if not good: raise result
+                yield result
+                continue
+            for pipe in multiprocessing.connection.wait(list(busy)): done[busy.pop(pipe)] = _told(pipe.recv)
+    finally:
+        for pipe in pipes:
+            with contextlib.suppress(OSError): pipe.send(None)      # a worker that has ended needs no word
+            pipe.close()
+        for process in processes: process.join()
 
 def map_processes(
     function: Callable,          # of one item; picklable
