@@ -114,18 +114,18 @@ def _phantom_fundus(root=None, n: int = 200, size: int = 256, seed: int = 0) -> 
     "Generated colour fundus photographs with masks."
     return _phantom_records("fundus", n, size, seed)
 
-# %% ../nbs/05_data.ipynb #0ff50015
+# %% ../nbs/05_data.ipynb #14a9477f
 def _end_with(parent: int):
     "A worker whose parent was killed would wait for work for ever."
     while os.getppid() == parent: time.sleep(1)
     os._exit(1)
 
-def _serve(pipe, function, parent: int):
-    "A worker: answers each (item,) with (True, result) or (False, error), until it is told to stop."
+def _serve(pipe, function, items, parent: int):
+    "A worker: answers the place of an item with (True, result) or (False, error), until it is told to stop."
     signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C ends the parent, which ends the workers
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    while (message := pipe.recv()) is not None:
-        try: pipe.send((True, function(*message)))
+    while (place := pipe.recv()) is not None:
+        try: pipe.send((True, function(items[place])))
         except Exception as e: pipe.send((False, e))
 
 def _told(call, *args):
@@ -136,19 +136,19 @@ def _told(call, *args):
 def _pool_map(function, items, workers):
     "One pipe a worker and no thread in this process: an executor's helper threads and fork do not go together."
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pipes, processes, busy, done, source = [], [], {}, {}, enumerate(items)
+    pipes, processes, busy, done = [], [], {}, {}
     wanted = sent = 0
     try:
         for _ in range(workers):
             pipe, theirs = context.Pipe()
-            processes.append(context.Process(target=_serve, args=(theirs, function, os.getpid()), daemon=True))
+            processes.append(context.Process(target=_serve, args=(theirs, function, items, os.getpid()), daemon=True))
             processes[-1].start(); theirs.close(); pipes.append(pipe)
         while True:
-            for pipe in [p for p in pipes if p not in busy and sent - wanted < 4*workers]:      # results wait in bounded number
-                if (following := next(source, None)) is None: break
-                _told(pipe.send, (following[1],))
-                busy[pipe], sent = following[0], following[0] + 1
-            if wanted == sent: return
+            for pipe in [p for p in pipes if p not in busy]:
+                if sent == len(items) or sent - wanted >= 4*workers: break        # few results wait for their turn
+                _told(pipe.send, sent)
+                busy[pipe], sent = sent, sent + 1
+            if wanted == len(items): return
             if wanted in done:
                 good, result = done.pop(wanted)
                 wanted += 1
