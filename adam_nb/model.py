@@ -254,7 +254,7 @@ def ema_update(target: nn.Module, source: nn.Module, momentum: float) -> None:
     "Parameters of `target` become momentum·target + (1 − momentum)·source; buffers are left alone."
     torch._foreach_lerp_([p.detach() for p in target.parameters()], [p.detach() for p in source.parameters()], 1 - momentum)
 
-# %% ../nbs/11_model.ipynb #71c7d973
+# %% ../nbs/11_model.ipynb #21d09fa5
 class Adam(nn.Module):
     """The twin networks and the memory bank (paper section 2).
 
@@ -342,8 +342,6 @@ class Adam(nn.Module):
         try: return self(x_q, x_k, ids, prune=False, exclude_own=exclude_own)
         finally:
             for module, mode in modes: module.training = mode
-
-    loss_only = validation_loss
 
 # %% ../nbs/11_model.ipynb #fe94038c
 def _unit(x: Tensor) -> Tensor:

@@ -13,15 +13,16 @@ from pathlib import Path
 from .config import AdamError, project_root, read_yaml
 from .plan import Node, plan, preset_folder, preset_names, write_params
 
-# %% ../nbs/28_pipeline.ipynb #3fa42e5c
+# %% ../nbs/28_pipeline.ipynb #b97a64fb
 def write_plan(
     preset: str,                       # a folder below params/
     overrides: list[str] = (),         # key=value
     run: str | None = None,            # output folder below outputs/; default: the preset's name
+    planned: tuple[list[Node], list[str]] | None = None,     # what `plan` has returned for them, if it was asked before
 ) -> tuple[Path, list[str]]:
     "Plan a run and write its parameter files and `plan.json`; returns the plan's path, relative to the project root, and remarks on what is left out."
     from adam_nb.results import write_json
-    nodes, remarks = plan(preset, list(overrides), run)
+    nodes, remarks = planned or plan(preset, list(overrides), run)
     write_params(nodes)
     path = Path(nodes[0].folder)/"plan.json"
     write_json(project_root()/path, {"preset": preset, "overrides": list(overrides), "remarks": remarks, "nodes": [dataclasses.asdict(n) for n in nodes]})
@@ -41,9 +42,9 @@ def check_parameters(notebook: Path, parameters: dict):
     for key in parameters:
         if key not in known: raise AdamError(f"{notebook.name} has no parameter '{key}'.{nearest(key, known)}")
 
-# %% ../nbs/28_pipeline.ipynb #bf3fc92b
+# %% ../nbs/28_pipeline.ipynb #402a369d
 def clear_stale(node: Node):
-    "Delete a pretraining node's folder when its checkpoints come from other parameters, code or images, or from another state of the stage before."
+    "Move a pretraining node's folder aside when its checkpoints come from other parameters, code or images, or from another state of the stage before; what was moved aside earlier goes."
     import shutil
     from adam_nb.config import digest
     from adam_nb.results import read_json
@@ -55,8 +56,11 @@ def clear_stale(node: Node):
     out = root/node.wiring["out"]
     file = out/"made_from.txt"
     if out.is_dir() and not (file.is_file() and file.read_text(encoding="utf-8") == stamp):
-        if any(out.iterdir()): print(f"    {node.wiring['out']} was made with other parameters, code or images: deleted and begun anew", file=sys.stderr)
-        shutil.rmtree(out)
+        old = out.with_name(f"{out.name}.old")
+        if any(out.iterdir()):
+            print(f"    {node.wiring['out']} was made with other parameters, code or images: moved to {old.name}, which may be deleted, and begun anew", file=sys.stderr)
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(stamp, encoding="utf-8")
 
@@ -118,7 +122,7 @@ def _engine(plan_path: Path, cores: int, extra: list[str]) -> int:
                "--config", f"plan={plan_path}", "--quiet", "all", *extra]
     return subprocess.run(command, cwd=root).returncode
 
-# %% ../nbs/28_pipeline.ipynb #584bf072
+# %% ../nbs/28_pipeline.ipynb #c2eb4980
 def run(
     preset: str,                       # a folder below params/
     overrides: list[str] = (),         # key=value
@@ -128,11 +132,11 @@ def run(
 ) -> Path:
     "Run all of a preset that is not up to date; returns the report's path. `AdamError` when a node fails."
     root = project_root()
-    plan(preset, list(overrides), name)        # writes nothing: what cannot work is refused first
+    planned = plan(preset, list(overrides), name)        # writes nothing: what cannot work is refused first
     locks = root/".snakemake"/"locks"
     if locks.is_dir() and any(locks.iterdir()) and "--unlock" not in engine:        # before the plan is written, which the other run reads
         raise AdamError("Another run is at work in this checkout, or one was killed and left its lock. If none is running: adam_nb unlock.")
-    path, remarks = write_plan(preset, overrides, name)
+    path, remarks = write_plan(preset, overrides, name, planned)
     nodes = read_plan(path)
     for r in remarks: print(r, file=sys.stderr)
     code = _engine(path, cores or os.cpu_count() or 1, ["--rerun-incomplete", *engine])

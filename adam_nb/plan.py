@@ -6,9 +6,10 @@
 __all__ = ['CONFIGS', 'Preset', 'config_class', 'preset_names', 'preset_folder', 'read_preset', 'modules_used', 'code_digest',
            'Node', 'plan', 'write_params']
 
-# %% ../nbs/27_plan.ipynb #26b4b4dc
+# %% ../nbs/27_plan.ipynb #fb97ea23
 import ast, dataclasses, hashlib, importlib, json, re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from .config import AdamError, build, data_root, digest, nearest, override, project_root, read_yaml, to_dict
@@ -86,7 +87,7 @@ def read_preset(
     for k, v in values.items(): build(config_class(k), v, str(folder/f"{k}.yaml"))
     return preset, values
 
-# %% ../nbs/27_plan.ipynb #21de32b6
+# %% ../nbs/27_plan.ipynb #c61d1115
 def _code_only(source: str) -> str:
     "Python source as its syntax tree without docstrings: comments, prose and layout do not count."
     tree = ast.parse(source)
@@ -96,7 +97,8 @@ def _code_only(source: str) -> str:
             body[0].value.value = ""
     return ast.dump(tree)
 
-def _imports(source: str) -> set[str]:
+@lru_cache(maxsize=256)
+def _imports(source: str) -> frozenset[str]:
     "Modules of this package that `source` imports."
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -105,16 +107,16 @@ def _imports(source: str) -> set[str]:
             found |= {base.split(".")[0]} if base else {a.name for a in node.names}
         elif isinstance(node, ast.Import):
             found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("adam_nb.")}
-    return found
+    return frozenset(found)
 
-# %% ../nbs/27_plan.ipynb #96fe09b7
+# %% ../nbs/27_plan.ipynb #fb173620
 def modules_used(
     source: str,                     # Python
     package: Path | None = None,     # folder of the modules; None: the checkout's
 ) -> list[str]:
     "All modules of this package that `source` imports, directly or through another, by name."
     package = package or project_root()/"adam_nb"
-    todo, done = _imports(source), {}
+    todo, done = set(_imports(source)), {}
     while todo:
         name = todo.pop()
         files = [p for p in (package/f"{name}.py", *sorted((package/name).glob("*.py"))) if p.is_file()]
@@ -122,6 +124,11 @@ def modules_used(
         done[name] = files
         for f in files: todo |= _imports(f.read_text(encoding="utf-8")) - set(done)
     return sorted(done)
+
+@lru_cache(maxsize=256)
+def _file_code(path: Path, changed: int) -> str:
+    "The code of a module without comments and docstrings; `changed` is its date, so that an edit is seen."
+    return _code_only(path.read_text(encoding="utf-8"))
 
 def code_digest(notebook: Path) -> str:
     "A digest over the code of a notebook and of all modules that it uses."
@@ -132,7 +139,7 @@ def code_digest(notebook: Path) -> str:
     h = hashlib.sha256(_code_only(source).encode())
     for name in modules_used(source):
         for f in [p for p in (package/f"{name}.py", *sorted((package/name).glob("*.py"))) if p.is_file()]:
-            h.update(_code_only(f.read_text(encoding="utf-8")).encode())
+            h.update(_file_code(f, f.stat().st_mtime_ns).encode())
     return h.hexdigest()[:16]
 
 # %% ../nbs/27_plan.ipynb #bafe3d28
@@ -223,14 +230,15 @@ def plan(
     nodes.append(Node("report", "report", {}, {"folder": folder, "out": f"{folder}/report.html"}, results + [f"{folder}/figures/figures.json"], f"{folder}/report.html", folder, False))
     return nodes, remarks
 
-# %% ../nbs/27_plan.ipynb #8fc385c8
+# %% ../nbs/27_plan.ipynb #fb408151
 def write_params(nodes: list[Node]) -> list[Path]:
     "Write each node's parameter file where its content has changed; return the changed ones."
     import yaml
     root, changed = project_root(), []
+    code = {n: code_digest(root/"nbs"/"run"/f"{n}.ipynb") for n in dict.fromkeys(node.notebook for node in nodes)}
     for node in nodes:
         text = yaml.safe_dump(node.values, sort_keys=True, allow_unicode=True) if node.values else "{}\n"
-        text += f"# code {code_digest(root/'nbs/run'/f'{node.notebook}.ipynb')}\n"
+        text += f"# code {code[node.notebook]}\n"
         path = root/node.params
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -241,7 +241,7 @@ def _main_n(r: dict) -> str:
     "How much a result rests on, with its unit."
     return next((f"{r['n'][k]} {k.replace('_', ' ')}" for k in ("test_images", "patches", "films", "cells") if r["n"].get(k) is not None), "?")
 
-# %% ../nbs/25_report.ipynb #2f08568b
+# %% ../nbs/25_report.ipynb #f8859e59
 def _says(*sentences: str) -> str:
     "Sentences as paragraphs, each once, in the order in which they were last said."
     once = reversed(list(dict.fromkeys(reversed([s for s in sentences if s]))))
@@ -263,10 +263,11 @@ def _cutting(run: Run, album: _Album) -> str:
     active = {a: v for a, v in pruned.items() if v > 0}
     levels = {a: [level for s in (seeds_of(run) or [0])[:1] for _, level in curve(run, a, s, "loss").borders] for a in arms}
     sentences = ["Levels in the order of training: " + "; ".join(f"{arm_name(a)}: {', '.join(v)}" for a, v in levels.items()) + "." if levels else ""]
-    if active: sentences.append("At its end the pruner keeps " + "; ".join(f"{100 - v:.1f} % of the negatives in {arm_name(a)}" for a, v in active.items()) + ". "
-                                + "The positive is then the most similar of all candidates, in % of cases: " + _listed(f"{arm_name(a)} {100 * _tail(run, a, 'accuracy'):.0f}" for a in arms) + ".")
+    if active: sentences.append("At its end the pruner keeps " + "; ".join(f"{100 - v:.1f} % of the negatives in {arm_name(a)}" for a, v in active.items()) + ".")
     elif arms: sentences.append("No stage has pruned so far.")
-    stage_pictures = "".join(album.picture(str(Path(r["_path"]).parent/name), f"{title} ({Path(r['_path']).parent})") for r in run.results if r["kind"] == "pretrain" for title, name in (r.get("pictures") or {}).items())
+    found = {a: 100 * v for a in arms if math.isfinite(v := _tail(run, a, "val_accuracy"))}
+    if found: sentences.append("With no key pruned, the validation films' positive is at the end the most similar of all candidates, in % of cases: " + _listed(f"{arm_name(a)} {v:.0f}" for a, v in found.items()) + " (at different levels these are different tasks).")
+    stage_pictures = "".join(album.picture(str(Path(r["_path"]).parent/name), f"{title} ({Path(r['_path']).parent})") for r in run.results if r["kind"] == "pretrain" and r["seeds"].get("pretrain_seed") in (None, *seeds_of(run)[:1]) for title, name in (r.get("pictures") or {}).items())
     return _says(*sentences) + f'<div>{shown}</div>' + (f'<div class="pair">{stage_pictures}</div>' if stage_pictures else "") + _figures(run, "pruning")
 
 # %% ../nbs/25_report.ipynb #9240a09d

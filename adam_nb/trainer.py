@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CHANCE_AFTER', 'Position', 'Run', 'snapshot', 'save', 'diverged', 'restore', 'make_optimizer', 'update',
            'read_pending', 'log_steps', 'Timer', 'warn', 'validate', 'train_stage', 'end_stage', 'stage_summary',
-           'at_chance', 'pretrain', 'main', 'PretrainConfig', 'plot_log']
+           'at_chance', 'pretrain', 'draw_pruning', 'main', 'PretrainConfig', 'plot_log']
 
-# %% ../nbs/13e_trainer.ipynb #d02a4f07
+# %% ../nbs/13e_trainer.ipynb #3ce85d92
 import argparse, math, os, sys, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +21,8 @@ from .config import AdamError, build, override, read_yaml, tqdm
 from .curves import plot_log
 from .feed import forewarnings, level_of, open_cache, split_indices, stage_loader, validation_batches
 from .model import Adam
-from .outcome import PretrainResult, artefacts, export, load_init, state_digest, verify
+from .outcome import PRUNING_PICTURE, PretrainResult, artefacts, export, load_init, state_digest, verify
+from .parts import cut_parts, middle_part, show_pruning
 from .results import read_json
 from .schedule import PretrainConfig, Stage, check, essence, learning_rate, stage_list
 
@@ -301,7 +302,21 @@ def pretrain(
         finally: torch.set_num_threads(threads)
     return PretrainResult(out, out/"encoder.safetensors", out/"encoder_last.safetensors", out/"log.jsonl", read_json(out/"pretrain.json")["metrics"])
 
-# %% ../nbs/13e_trainer.ipynb #5e24e7e3
+# %% ../nbs/13e_trainer.ipynb #e43b7799
+def draw_pruning(run: Run, films: int = 24):
+    "A picture of what the pruner keeps and takes out at the end of a run that prunes: parts of the first validation films (else training films) at the finest level, without augmentation."
+    stages = [s for s in run.stages[:run.end] if s.prunes]
+    if run.config.threshold is None or not stages: return
+    level = max(stages[-1].levels)
+    run.model.eval()
+    project = lambda x: run.model.embed_query(x.to(run.device)).cpu()
+    images = [run.cache.image(int(i)) for i in (run.train if run.val is None else run.val)[:films]]
+    if len(images) < 2: return
+    parts = cut_parts(images, level, project, run.config.view_size)
+    figure = show_pruning(parts, middle_part(level), run.config.threshold, temperature=run.config.temperature)
+    figure.savefig(run.out/PRUNING_PICTURE, dpi=80, bbox_inches="tight")
+
+# %% ../nbs/13e_trainer.ipynb #82ce1912
 def _train(config, out, only, start, init_digest, state, progress, arm, on_step):
     "Train what is left of a run, and write its outcome."
     cache = open_cache(config, out, progress)
@@ -316,6 +331,7 @@ def _train(config, out, only, start, init_digest, state, progress, arm, on_step)
             run.model.load_state_dict(start["model"])
             run.at.global_step = start["global_step"]
         while run.at.stage < run.end: train_stage(run, run.stages[run.at.stage])
+        draw_pruning(run)
         export(config, snapshot(run), out, arm)
     finally: run.log.close()
 

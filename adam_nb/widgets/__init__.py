@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/26_widgets.ipynb #66d0652e
+# %% ../../nbs/26_widgets.ipynb #a5df64f9
 from ..decomposer import show_decomposition
 from ..draw import show_boxes, show_images, show_landmarks, show_masks
+from ..parts import Parts, cut_parts, show_pruning
 from ..views import show_views
 from .decomposer import DecomposerExplorer, show_part
-from .pruner import Parts, PrunerExplorer, cut_parts, parts_of_run, show_pruning
+from .pruner import PrunerExplorer, parts_of_run
 
 # %% ../../nbs/26_widgets.ipynb #f6be9281
 __all__ = ["DecomposerExplorer", "PrunerExplorer", "Parts", "cut_parts", "parts_of_run", "show_boxes", "show_decomposition", "show_images",
