@@ -5,6 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do if $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3,11),(3,12)))' 2>/dev/null; then echo $$p; exit; fi; done)
 PIP := .venv/bin/python -m pip
 PRESET ?= demo
+# Threads that wait sleep instead of spinning: where other work shares the cores, spinning makes training several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-all lab check readme clean
 demo: .venv/.ready

@@ -6,7 +6,7 @@
 __all__ = ['ClassifyConfig', 'Classifier', 'masked_bce', 'features', 'linear_scores', 'knn_scores', 'label_metrics',
            'finetune_classifier', 'mean_metrics', 'run_classify']
 
-# %% ../nbs/17_classify.ipynb #45228e7f
+# %% ../nbs/17_classify.ipynb #0027d63e
 import time
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from .config import AdamError, to_dict
-from .finetune import Arrays, fit, load_arrays, pick_device, predict, seeded, start_encoder, thread_count
+from .finetune import Arrays, fit, load_arrays, mean_and_std, pick_device, predict, seeded, start_encoder, thread_count
 from .metrics import auprc, auroc, auroc_ci
 from .results import result
 from .tasks import label_fraction, task
@@ -197,7 +197,7 @@ def finetune_classifier(
     out = {"metrics": metrics, "scores": scores, "series": series, "n": {"train_images": len(train), "test_images": len(test)}, "encoder": about, "train_s": seconds}
     return out | ({"model": model.eval()} if return_model else {})
 
-# %% ../nbs/17_classify.ipynb #61ebb937
+# %% ../nbs/17_classify.ipynb #471bafc2
 def mean_metrics(runs: list[dict]) -> dict[str, float]:
     "Means over draws as flat names, `linear@0.1/auroc_mean`; with `…/std` (ddof 1) where there are several draws."
     values = {}
@@ -205,11 +205,7 @@ def mean_metrics(runs: list[dict]) -> dict[str, float]:
         for question, m in r["metrics"].items():
             flat = {"auroc_mean": m["auroc_mean"], "auprc_mean": m["auprc_mean"]} | {f"auroc_mean_{g}": w["auroc_mean"] for g, w in m["within"].items()}
             for name, v in flat.items(): values.setdefault(f"{question}/{name}", []).append(v)
-    out = {}
-    for key, v in values.items():
-        out[key] = float(np.mean(v))
-        if len(v) > 1: out[f"{key}/std"] = float(np.std(v, ddof=1))
-    return out
+    return mean_and_std(values)
 
 # %% ../nbs/17_classify.ipynb #e4195651
 def run_classify(

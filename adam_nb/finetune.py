@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Arrays', 'to_square', 'load_arrays', 'augment_batch', 'batch_order', 'lr_factor', 'seeded', 'thread_count',
-           'autocast', 'pick_device', 'start_encoder', 'fit', 'predict']
+           'autocast', 'pick_device', 'start_encoder', 'fit', 'predict', 'mean_and_std']
 
 # %% ../nbs/16a_finetune.ipynb #7790b67d
 import contextlib, math, os, uuid
@@ -231,3 +231,9 @@ def predict(
         with autocast(device, precision):
             return torch.cat([model(part.to(device).float() / 255).float().sigmoid().cpu() for part in images.split(batch_size)])
     finally: model.train(was)
+
+# %% ../nbs/16a_finetune.ipynb #3c0f5fd7
+def mean_and_std(values: dict[str, list[float]]) -> dict[str, float]:
+    "Name -> mean of its values over draws, and `name/std` (ddof 1) where there are several."
+    means = {name: float(np.mean(v)) for name, v in values.items()}
+    return means | {f"{name}/std": float(np.std(v, ddof=1)) for name, v in values.items() if len(v) > 1}

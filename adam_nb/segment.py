@@ -6,7 +6,7 @@
 __all__ = ['Segmenter', 'dice_bce', 'SegmentConfig', 'score', 'finetune_segmenter', 'show_segmentation', 'save_segmenter',
            'load_segmenter', 'segment_image', 'mean_metrics', 'run_segment']
 
-# %% ../nbs/18_segment.ipynb #d9b466bc
+# %% ../nbs/18_segment.ipynb #46e31992
 import json, os, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import nn
 
 from .config import AdamError, to_dict
 from .draw import colour, new_figure
-from .finetune import Arrays, fit, load_arrays, pick_device, predict, seeded, start_encoder, thread_count, to_square
+from .finetune import Arrays, fit, load_arrays, mean_and_std, pick_device, predict, seeded, start_encoder, thread_count, to_square
 from .metrics import counts, dice_of, overlap_scores
 from .model import BACKBONES, Encoder, create_encoder, match_channels
 from .results import result
@@ -192,7 +192,7 @@ def segment_image(
     with torch.inference_mode(): p = F.interpolate(model(x).float().sigmoid(), image.shape[:2], mode="bilinear", align_corners=False)[0].cpu().numpy()
     return {name: p[c] > 0.5 for c, name in enumerate(model.names)}
 
-# %% ../nbs/18_segment.ipynb #d5a447e0
+# %% ../nbs/18_segment.ipynb #af147ba0
 def _drawn(pool, config):
     "The drawn films of each (shots, draw_seed), as numbers within the pool."
     patients = [r.patient for r in pool]
@@ -207,11 +207,7 @@ def mean_metrics(runs: list[dict]) -> dict[str, float]:
     for r in runs:
         for channel, scores in r["metrics"].items():
             for name in ("dice_image", "dice_pooled", "iou_image", "iou_pooled"): values.setdefault(f"{channel}/{name}/{r['shots']}", []).append(scores[name])
-    out = {}
-    for key, v in values.items():
-        out[key] = float(np.mean(v))
-        if len(v) > 1: out[f"{key}/std"] = float(np.std(v, ddof=1))
-    return out
+    return mean_and_std(values)
 
 # %% ../nbs/18_segment.ipynb #1cd4e8e0
 def run_segment(

@@ -95,10 +95,10 @@ class DecomposerExplorer:
         "The static picture of the present state."
         return show_part(self.image, self.level, self.part, self.augment, self.seed)
 
-# %% ../../nbs/26a_widgets.decomposer.ipynb #336314e6
+# %% ../../nbs/26a_widgets.decomposer.ipynb #0f5f049b
 def _build(self: DecomposerExplorer):
     import ipywidgets as w
-    level = w.IntSlider(self.level, min=0, max=self.finest, description="level n", continuous_update=False)
+    level = w.IntSlider(self.level, min=0, max=self.finest, description="level n", continuous_update=False, layout=w.Layout(width="320px"))
     reroll = w.Button(description="other views", icon="refresh")
     picture, words = w.Image(format="png", layout=w.Layout(width="740px")), w.HTML()
     cells = w.GridBox()
