@@ -15,13 +15,13 @@ from .config import AdamError, nearest
 from .layouts import check_fractions, file_record, find_files, need_folder, read_list, read_table, register
 from .records import Record, Records, split_by_patient
 
-# %% ../nbs/04c_chest_sets.ipynb #3f4cf69a
+# %% ../nbs/04c_chest_sets.ipynb #ae2d301a
 FINDINGS14 = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
               "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia")
 
 def _age(text: str) -> float:
     "Years from '57', '058Y', '011M', '020D' or '003W'; NaN for what cannot be an age."
-    m = re.fullmatch(r"(\d+)([YMWD]?)", text.upper())
+    m = re.fullmatch(r"([0-9]{1,4})([YMWD]?)", text.upper())
     years = int(m[1])/{"": 1, "Y": 1, "M": 12, "W": 52.18, "D": 365.25}[m[2]] if m else np.nan
     return years if years <= 120 else np.nan
 
@@ -35,25 +35,34 @@ def _findings(text: str, where: str) -> dict[str, float]:
         elif "|" in text: raise AdamError(f"{where} has both 'No Finding' and findings ('{text}'); mend that row.")
     return labels
 
-# %% ../nbs/04c_chest_sets.ipynb #73f13a83
+# %% ../nbs/04c_chest_sets.ipynb #2add7244
+_OPTIONAL = "mend the row or remove the file (boxes are optional)"
+
+def _box_row(row: list[str], where: str) -> tuple[str, str, np.ndarray]:
+    "(image, finding, (y0, x0, y1, x1) in the 1024² film) of a row of the list of boxes."
+    try: name, finding, (x, y, w, h) = row[0].strip(), row[1].strip(), map(float, row[2:6])
+    except (ValueError, IndexError): raise AdamError(f"{where} is not 'image, finding, x, y, width, height'; {_OPTIONAL}.") from None
+    if not (w > 0 and h > 0): raise AdamError(f"{where} has a box of width {w:g} and height {h:g}; {_OPTIONAL}.")
+    if not (-1 <= x <= x + w <= 1025 and -1 <= y <= y + h <= 1025): raise AdamError(f"{where} has a box from ({x:g}, {y:g}) to ({x + w:g}, {y + h:g}), but boxes refer to 1024 x 1024 pixels; {_OPTIONAL}.")
+    finding = "Infiltration" if finding == "Infiltrate" else finding
+    if finding not in FINDINGS14: raise AdamError(f"{where} has the unknown finding '{finding}'.{nearest(finding, FINDINGS14)} {_OPTIONAL.capitalize()}.")
+    return name, finding, np.array([y, x, y + h, x + w])
+
 def _read_boxes(path: Path) -> dict[str, list[tuple[str, np.ndarray]]]:
-    "image name -> [(finding, (y0, x0, y1, x1) in the 1024² film)] from BBox_List_2017.csv."
+    "image name -> [(finding, box in the 1024² film)] from BBox_List_2017.csv."
     out: dict[str, list] = {}
-    with open(path, newline="", encoding="utf-8-sig") as f: rows = list(csv.reader(f))[1:]
-    for n, row in enumerate(rows, 2):
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f: rows = list(csv.reader(f))
+    except (UnicodeDecodeError, csv.Error) as e: raise AdamError(f"{path} is not a CSV table in UTF-8 ({e}); download it again or remove it (boxes are optional).") from None
+    for n, row in enumerate(rows[1:], 2):
         if not any(row): continue
-        try:
-            name, finding, (x, y, w, h) = row[0], row[1].strip(), map(float, row[2:6])
-        except ValueError: raise AdamError(f"{path}: row {n} is not 'image, finding, x, y, width, height'; mend the row or remove the file (boxes are optional).") from None
-        if not (w > 0 and h > 0): raise AdamError(f"{path}: row {n} has a box of width {w:g} and height {h:g}; mend the row or remove the file (boxes are optional).")
-        finding = "Infiltration" if finding == "Infiltrate" else finding
-        if finding not in FINDINGS14: raise AdamError(f"{path}: row {n} has the unknown finding '{finding}'.{nearest(finding, FINDINGS14)} Mend the row or remove the file (boxes are optional).")
-        out.setdefault(name, []).append((finding, np.array([y, x, y + h, x + w])))
+        name, finding, box = _box_row(row, f"{path}: row {n}")
+        out.setdefault(name, []).append((finding, box))
     return out
 
-def _scaled(box: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    "A box of the 1024² film as a half-open pixel box of at least one pixel inside an image of `size`."
-    y0, x0, y1, x1 = (np.rint(box*np.tile(size, 2)/1024)).astype(int)
+def _scaled(box: np.ndarray, size: tuple[int, int], side: int = 1024) -> tuple[int, int, int, int]:
+    "A box of the `side` x `side` film as a half-open pixel box of at least one pixel inside an image of `size`."
+    y0, x0, y1, x1 = (np.rint(box*np.tile(size, 2)/side)).astype(int)
     y0, x0 = min(max(y0, 0), size[0] - 1), min(max(x0, 0), size[1] - 1)
     return int(y0), int(x0), int(max(min(y1, size[0]), y0 + 1)), int(max(min(x1, size[1]), x0 + 1))
 
@@ -84,7 +93,7 @@ def _stratified(records: list[Record], fractions: dict, seed: int) -> list[str]:
     for r, s in zip(records, split_by_patient([r.patient for r in records], fractions, seed, _strata(records))): r.split = s
     return [f"Whole patients were dealt to {', '.join(fractions)} with seed {seed}, No Finding x view position spread evenly."]
 
-# %% ../nbs/04c_chest_sets.ipynb #374f9ede
+# %% ../nbs/04c_chest_sets.ipynb #68bdeda4
 _COLUMNS = ["Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "Patient Gender", "View Position"]
 
 def _table14(root: Path) -> tuple[Path, list[tuple[str, ...]]]:
@@ -94,11 +103,12 @@ def _table14(root: Path) -> tuple[Path, list[tuple[str, ...]]]:
     rows: dict[str, tuple] = {}
     for row in zip(*read_table(path, _COLUMNS).values()):
         if rows.setdefault(row[0], row) != row: raise AdamError(f"{path} has two different rows for {row[0]}; mend the table or download it again.")
+        if re.match(r"[0-9]{8}_", row[0]) and _patient14(row[3]) != row[0][:8]: raise AdamError(f"{path} gives {row[0]} to the patient '{row[3]}', but its name begins with the patient's number; mend that row or download the table again.")
     return path, list(rows.values())
 
-def _patient14(text: str) -> str: return f"{int(text):08d}" if text.isdigit() else text
+def _patient14(text: str) -> str: return text.zfill(8) if re.fullmatch("[0-9]+", text) else text
 
-# %% ../nbs/04c_chest_sets.ipynb #b9559e17
+# %% ../nbs/04c_chest_sets.ipynb #44d7ac5b
 def _add_boxes(records: list[Record], path: Path, notes: list[str]):
     "Boxes for the records whose images have some; an image whose header cannot be read gets none, and a note."
     boxes = _read_boxes(path)
@@ -108,7 +118,9 @@ def _add_boxes(records: list[Record], path: Path, notes: list[str]):
         except AdamError as e: notes.append(f"No boxes for an image that cannot be read: {e}"); continue
         for finding, box in mine: r.boxes.setdefault(finding, []).append(_scaled(box, size))
 
-@register("chestxray14", "ChestX-ray14")
+@register("chestxray14", "ChestX-ray14", source="NIH Clinical Center, https://nihcc.app.box.com/v/ChestXray-NIHCC", size="112,120 PNG films of 1024 x 1024 pixels, about 42 GB",
+          terms="use is unrestricted; link to the download site, cite Wang et al. (CVPR 2017), acknowledge the NIH Clinical Center",
+          layout="Data_Entry_2017_v2020.csv (or Data_Entry_2017.csv), images/00000001_000.png ... (or images_001/images/ ... images_012/images/); optional: BBox_List_2017.csv, train_val_list.txt, test_list.txt")
 def chestxray14(
     root,
     split_by: str | None = None,       # "official", "stratified", or None: official if the publisher's lists are there
@@ -126,9 +138,9 @@ def chestxray14(
     found = find_files(root, (".png", ".jpg", ".jpeg"))
     files = {os.path.basename(p): p for p in reversed(found)}     # of several copies the first
     records = [file_record(files[image], _patient14(patient), labels=_findings(findings, f"{table}, {image},"),
-                           extra={"view": view.upper(), "age": _age(age), "sex": sex.upper(), "follow_up": int(follow) if follow.isdigit() else None})
+                           extra={"view": view.upper(), "age": _age(age), "sex": sex.upper(), "follow_up": int(follow) if re.fullmatch("[0-9]{1,9}", follow) else None})
                for image, findings, follow, patient, age, sex, view in rows if image in files]
-    if not records: raise AdamError(f"None of the {len(rows)} images that {table} names is below {root}; put them into {root/'images'}.")
+    if not records: raise AdamError(f"None of the {len(rows)} images that {table} names is below {root}; unpack the publisher's archives (images_001.tar.gz ...) there.")
     both = all((root/f).is_file() for f in _LISTS.values()) or all((root/f).is_file() for f in _LISTS_WITH_VAL.values())
     notes = _official(records, root, val_fraction, seed) if split_by == "official" or (split_by is None and both) else _stratified(records, fractions, seed)
     if (copies := len(found) - len(files)): notes.append(f"{copies} images lie in {root} more than once; the first copy in the order of paths is used.")
@@ -177,27 +189,62 @@ def _scr_landmarks(files: dict[str, str], size: tuple[int, int]) -> dict[str, tu
             out[name] = ((x + .5)*size[1]/1024, (y + .5)*size[0]/1024)
     return out
 
-# %% ../nbs/04c_chest_sets.ipynb #43042f66
-@register("scr", "SCR")
+# %% ../nbs/04c_chest_sets.ipynb #25e262d9
+_AGE_SEX = r"([0-9]{1,3}|\?)\s+(female|male)"
+_NODULE = re.compile(rf"(JPCLN[0-9]{{3}})(?:\.IMG)?\s+([1-5])\s+([0-9]+(?:\.[0-9]+)?)\s+{_AGE_SEX}\s+([0-9]{{1,4}})\s+([0-9]{{1,4}})\s+(malignant|benign)(?:\s+(.*))?", re.I)
+_NO_NODULE = re.compile(rf"(JPCNN[0-9]{{3}})(?:\.IMG)?\s+{_AGE_SEX}\s+non-nodule", re.I)
+_JSRT_SIDE, _JSRT_MM = 2048, 0.175     # pixels of a film's side, millimetres of a pixel
+
+def _clinical_row(line: str) -> tuple[str, dict, np.ndarray | None] | None:
+    "(id, extra facts, box in the 2048² film or None) of a row of either file; None when it is neither."
+    def facts(age, sex): return {"age": np.nan if age == "?" else float(age), "sex": sex[0].upper()}
+    if (m := _NO_NODULE.fullmatch(line)): return m[1].upper(), facts(m[2], m[3]), None
+    if not (m := _NODULE.fullmatch(line)): return None
+    size, x, y = float(m[3]), int(m[6]), int(m[7])
+    if not (0 < size <= 200 and x < _JSRT_SIDE and y < _JSRT_SIDE): return None
+    half = size/_JSRT_MM/2
+    words = {"subtlety": int(m[2]), "size_mm": size, "malignant": m[8].lower() == "malignant", "diagnosis": " ".join((m[9] or "").split())}
+    return m[1].upper(), facts(m[4], m[5]) | words, np.array([y - half, x - half, y + half, x + half])
+
+def _read_clinical(root: Path) -> dict[str, tuple[dict, np.ndarray | None]]:
+    "id -> (extra facts, box or None) from the clinical texts below `root`; empty when there are none."
+    out: dict[str, tuple] = {}
+    for path in find_files(root, (".txt",)):
+        if not re.fullmatch(r"C[LN]NDAT_EN?\.TXT", os.path.basename(path).upper()): continue
+        for n, line in enumerate(Path(path).read_bytes().decode("utf-8-sig", "replace").splitlines(), 1):
+            if not (line := line.strip("\x1a \t")): continue                        # 1A ends old DOS texts
+            if (row := _clinical_row(line)) is None: raise AdamError(f"{path}: row {n} ('{line[:40]}') is not 'file, subtlety, mm, age, sex, x, y, malignant or benign, diagnosis' nor 'file, age, sex, non-nodule'; mend the row or remove the file (it is optional).")
+            if row[0] in out: raise AdamError(f"{path}: row {n} tells of {row[0]} for the second time; remove one of the two rows or files.")
+            out[row[0]] = row[1:]
+    return out
+
+# %% ../nbs/04c_chest_sets.ipynb #3464b5f3
+@register("scr", "SCR", source="films: JSRT, http://db.jsrt.or.jp/eng.php; outlines: SCR data base, https://www.isi.uu.nl/Research/Databases/SCR/", size="247 films, 2.1 GB raw; outlines about 10 MB",
+          terms="research and education, after registration; cite Shiraishi et al. (2000) and van Ginneken et al. (2006)",
+          layout="All247images/JPCLN001.IMG ... (or images/JPCLN001.IMG.png ...), scratch/fold1/masks/left lung/JPCLN001.gif ...; optional: landmarks/{H,LL,RL,LCLA,RCLA}/JPCLN001.npy, CLNDAT_E.TXT, CNNDAT_E.TXT")
 def scr(
     root,
 ) -> Records:
-    "JSRT films with the SCR outlines: masks right_lung, left_lung, heart, right_clavicle, left_clavicle; fold 1 is train, fold 2 is test; label Nodule; landmarks where the arrays are there."
+    "JSRT films with the SCR outlines: masks right_lung, left_lung, heart, right_clavicle, left_clavicle; fold 1 is train, fold 2 is test; label Nodule; landmarks where the arrays are there; with the clinical texts a box Nodule and, in extra, age (years, NaN), sex, subtlety (1 to 5), size_mm, malignant, diagnosis."
     root = need_folder(root, "scr")
     films, masks, folds = _scr_files(root)
-    if not films: raise AdamError(f"There is no JSRT film (JPCLN001.IMG or JPCLN001.IMG.png …) below {root}; put the films into {root/'images'}.")
+    if not films: raise AdamError(f"There is no JSRT film (JPCLN001.IMG or JPCLN001.IMG.png …) below {root}; unpack the films into {root/'images'}.")
     contours: dict[str, dict[str, str]] = {}
     for p in find_files(root, (".npy",)):
         if (key := Path(p).parent.name.upper()) in {c[0] for c in _CONTOURS.values()}: contours.setdefault(Path(p).stem.upper(), {})[key] = p
-    records, notes = [], ["There is no published split: fold 1 (odd film numbers) is train, fold 2 is test."]
+    clinical, records, notes = _read_clinical(root), [], ["There is no published split: fold 1 (odd film numbers) is train, fold 2 is test."]
     for id, path in sorted(films.items()):
         fold = folds.get(id, "fold1" if int(id[-3:]) % 2 else "fold2")
-        record = file_record(path, id, masks=masks.get(id), split="train" if fold == "fold1" else "test", labels={"Nodule": float(id[3] == "L")})
-        if id in contours:
+        facts, box = clinical.get(id, ({}, None))
+        record = file_record(path, id, masks=masks.get(id), split="train" if fold == "fold1" else "test", labels={"Nodule": float(id[3] == "L")}, extra=dict(facts))
+        if id in contours or box is not None:
             try: size = record.size
             except AdamError as e: notes.append(f"No landmarks for an image that cannot be read: {e}")
-            else: record.landmarks.update(_scr_landmarks(contours[id], size))
+            else:
+                record.landmarks.update(_scr_landmarks(contours.get(id, {}), size))
+                if box is not None: record.boxes["Nodule"] = [_scaled(box, size, _JSRT_SIDE)]
         records.append(record)
     if not masks: notes.append(f"There is no mask below {root}; put the SCR folder 'scratch' there to have them.")
     elif (short := [i for i in films if len(masks.get(i, ())) < 5]): notes.append(f"{len(short)} films lack some of the five masks: {', '.join(sorted(short)[:5])}{' …' if len(short) > 5 else ''}.")
-    return Records(records, mask_names=SCR_MASKS if masks else (), label_names=["Nodule"], notes=notes, missing=sorted(masks.keys() - films.keys()))
+    return Records(records, mask_names=SCR_MASKS if masks else (), label_names=["Nodule"], notes=notes, missing=sorted(clinical.keys() - films.keys()),
+                   stray_masks=sorted(path for id in masks.keys() - films.keys() for path in masks[id].values()))

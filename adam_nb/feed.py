@@ -22,7 +22,7 @@ from .decomposer import grid_shape
 from .schedule import PrepareConfig, PretrainConfig, Stage, stage_list
 from .views import Augment, StageSampler, TwoViews, unpack_id
 
-# %% ../nbs/13c_feed.ipynb #82476d8c
+# %% ../nbs/13c_feed.ipynb #e24a4c96
 def open_cache(
     config: PrepareConfig,
     out: str | os.PathLike,       # the run's output folder; without `config.cache` the cache lies beside it
@@ -31,7 +31,7 @@ def open_cache(
     "The decoded images of a config, made if they are not there yet."
     records = dataset(config.data, config.data_root, **config.data_options)
     where = Path(config.cache) if config.cache else Path(out).absolute().parent/"cache"
-    return prepare(records, where, size=config.cache_size, channels=config.in_channels, crop=config.cache_crop, skip_broken=config.skip_broken, progress=progress)
+    return prepare(records, where, size=config.cache_size, channels=config.in_channels, crop=config.cache_crop, window=config.cache_window, on_bad=config.on_bad, progress=progress)
 
 def split_indices(
     cache: Cache,

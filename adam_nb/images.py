@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['COLOUR_TOLERANCE', 'IMAGE_SUFFIXES', 'to_grey', 'open_image', 'open_grey', 'open_colour', 'open_mask', 'image_size']
 
-# %% ../nbs/03_images.ipynb #c03176cf
-import os
+# %% ../nbs/03_images.ipynb #ec1f57d0
+import os, warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .config import AdamError
+from .dicom import dicom_size, open_dicom
+from .guard import MAX_PIXELS, Bounded, check_pixels
 
-# %% ../nbs/03_images.ipynb #4cc6da4b
+# %% ../nbs/03_images.ipynb #2ea4cc48
 def _unit(array: np.ndarray, path, top: float | None = None) -> np.ndarray:
     "`array` as float32 in [0, 1] by the range of its dtype (or by `top`); floats must lie there already."
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype == bool: return array.astype(np.float32)
     if array.dtype in (np.uint8, np.uint16): return array.astype(np.float32)*np.float32(1/(top or np.iinfo(array.dtype).max))
     if array.dtype in (np.int8, np.int16):
@@ -29,11 +32,11 @@ def _unit(array: np.ndarray, path, top: float | None = None) -> np.ndarray:
         return array.astype(np.float32)
     raise AdamError(f"{path} holds {array.dtype} pixels, whose range says nothing; save it as uint8, uint16, or floats in [0, 1].")
 
-# %% ../nbs/03_images.ipynb #df15a423
+# %% ../nbs/03_images.ipynb #d04a2959
 def _check_shape(shape: tuple, path):
     "`AdamError` for the shape of an array that is no image: (H, W), or (H, W, C) with grey or colour, with or without alpha."
-    if len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (2,), (3,), (4,)) or 0 in shape:
-        raise AdamError(f"{path} holds an array of shape {shape}; an image is (height, width) or (height, width, 3).")
+    if len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (2,), (3,), (4,)) or min(shape) < 1:
+        raise AdamError(f"{path} holds an array of shape {str(shape)[:60]}; an image is (height, width) or (height, width, 3).")
 
 def _collapse(array: np.ndarray, path) -> np.ndarray:
     "`(H, W)` or `(H, W, 3)`: alpha dropped, equal channels made one. `AdamError` for any other shape."
@@ -57,28 +60,71 @@ def to_grey(
         raise AdamError(f"{path} is coloured ({share:.1%} of its pixels) but a grey image is expected; remove it, or ask for 3 channels.")
     return image.mean(2, dtype=np.float32)
 
-# %% ../nbs/03_images.ipynb #e854ec65
+# %% ../nbs/03_images.ipynb #12e80d93
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".npy", ".img", ".dcm", ".dicom")
 
-def _kind(path: Path) -> str:
-    "'npy', 'dicom', 'jsrt' or 'pillow'. `AdamError` for a file that is missing, a folder, or empty."
-    if not path.exists(): raise AdamError(f"There is no image {path}; check the path.")
-    if not path.is_file(): raise AdamError(f"{path} is not a file; give the path of an image.")
+_PILLOW_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"GIF8", b"BM", b"RIFF", *(b"P%d" % i for i in range(1, 7)))
+_ARCHIVES = {b"PK": "zip", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z", b"Rar!": "rar", b"\x28\xb5\x2f\xfd": "zstd"}
+
+def _refuse_by_content(head: bytes, path: Path):
+    "`AdamError` for what is no image but often stands in its place."
+    if head.startswith(b"PK") and (path.suffix.lower() == ".npz" or b".npy" in head):
+        raise AdamError(f"{path} is an .npz archive of arrays, not one image; save the array that you mean as .npy.")
+    for start, kind in _ARCHIVES.items():
+        if head.startswith(start): raise AdamError(f"{path} is a {kind} archive, not an image; unpack it and give the files inside.")
+    if head[257:262] == b"ustar": raise AdamError(f"{path} is a tar archive, not an image; unpack it and give the files inside.")
+    if head[:2] in (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5"): raise AdamError(f"{path} holds pickled Python objects, which could run code and are not read; save the array with numpy.save.")
+    if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")): raise AdamError(f"{path} is a web page, not an image: its download has failed; download it again.")
+    if head.startswith(b"version https://git-lfs"): raise AdamError(f"{path} is a pointer of Git LFS, not the image; run: git lfs pull")
+
+# %% ../nbs/03_images.ipynb #3524a571
+def _head(path: Path, n: int = 512) -> bytes:
+    "The first bytes. `AdamError` for a file that is missing, a folder, or empty."
     try:
-        with open(path, "rb") as f: head = f.read(132)
-    except OSError as e: raise AdamError(f"{path} cannot be read ({e.strerror}); check its permissions.") from None
+        if not path.exists(): raise AdamError(f"There is no image {path}; check the path.")
+        if not path.is_file(): raise AdamError(f"{path} is not a file; give the path of an image.")
+        with open(path, "rb") as f: head = f.read(n)
+    except OSError as e: raise AdamError(f"{path} cannot be read ({e.strerror}); check its name and permissions.") from None
     if not head: raise AdamError(f"{path} is empty (0 bytes); download it again or remove it.")
+    return head
+
+def _kind(path: Path) -> str:
+    "'npy', 'dicom', 'jsrt' or 'pillow'; `AdamError` for what is no image at first sight."
+    head, suffix = _head(path), path.suffix.lower()
     if head.startswith(b"\x93NUMPY"): return "npy"
-    if head[128:] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom"): return "dicom"
-    return "jsrt" if path.suffix.lower() == ".img" else "pillow"
+    if head[128:132] == b"DICM": return "dicom"
+    if head.startswith(_PILLOW_STARTS): return "pillow"
+    _refuse_by_content(head, path)
+    return {".img": "jsrt", ".dcm": "dicom", ".dicom": "dicom"}.get(suffix, "pillow")
 
-# %% ../nbs/03_images.ipynb #eccaa69f
+# %% ../nbs/03_images.ipynb #a9d8bb04
+_FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM")
+
+def _said(e: Exception) -> str: return " ".join(str(e).split())[:200] or type(e).__name__
+
+def _check_webp(file, path: Path):
+    "`check_pixels` by the first chunk of a WebP: extended, lossless or lossy."
+    head = file.read(30).ljust(30, b"\0"); file.seek(0)
+    if head[:4] != b"RIFF" or head[8:12] != b"WEBP": return
+    number = lambda a, n: int.from_bytes(head[a:a + n], "little")
+    if head[12:16] == b"VP8X": check_pixels(number(27, 3) + 1, number(24, 3) + 1, path)
+    elif head[12:16] == b"VP8L": check_pixels((number(21, 4) >> 14 & 0x3FFF) + 1, (number(21, 4) & 0x3FFF) + 1, path)
+    else: check_pixels(number(28, 2) & 0x3FFF, number(26, 2) & 0x3FFF, path)
+
 def _header(file, path: Path) -> Image.Image:
-    "The opened, not yet decoded Pillow image of an open `file`. `AdamError` for what Pillow does not know."
-    try: return Image.open(file)
+    "The opened, not yet decoded Pillow image of an open `file`. `AdamError` for what Pillow does not know, and for more than `MAX_PIXELS`."
+    _check_webp(file, path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            im = Image.open(file, formats=_FORMATS)
     except UnidentifiedImageError: raise AdamError(f"{path} is not an image that can be read: its content matches no known format; download it again or remove it.") from None
-    except Exception as e: raise AdamError(f"{path} cannot be opened ({e}); download it again or remove it.") from None
+    except Image.DecompressionBombError: raise AdamError(f"{path} claims far more pixels than the {MAX_PIXELS:,} that are read; save it smaller if that is its true size, else remove it.") from None
+    except Exception as e: raise AdamError(f"{path} cannot be opened ({_said(e)}); download it again or remove it.") from None
+    check_pixels(im.height, im.width, path)
+    return im
 
+# %% ../nbs/03_images.ipynb #50c712a1
 def _refuse_frames(im: Image.Image, path):
     "`AdamError` when a second frame has the size of the first (a smaller one is a thumbnail)."
     if im.format in ("GIF", "TIFF", "PNG", "WEBP") and getattr(im, "n_frames", 1) > 1:
@@ -87,7 +133,10 @@ def _refuse_frames(im: Image.Image, path):
         if im.size == size: raise AdamError(f"{path} holds {im.n_frames} frames; save the one that you mean as a file of its own.")
         im.seek(0)
 
-# %% ../nbs/03_images.ipynb #12c72d7d
+def _refuse_tiles(im: Image.Image, path):
+    if im.format == "TIFF": check_pixels(*(int(im.tag_v2.get(tag) or 1) for tag in (323, 322)), path)      # TileLength, TileWidth
+
+# %% ../nbs/03_images.ipynb #e3b9f133
 def _stored(im: Image.Image) -> np.ndarray:
     "The stored values of a decoded Pillow image, palettes looked up."
     if im.mode.startswith("I;16") or (im.mode == "I" and im.format in ("PPM", "PNG")):   # Pillow scales the latter to 16 bits
@@ -96,6 +145,10 @@ def _stored(im: Image.Image) -> np.ndarray:
     if im.mode == "P": return _look_up_palette(im)
     if im.mode not in ("1", "L", "LA", "RGB", "RGBA", "I", "F"): im = im.convert("RGB")   # CMYK, YCbCr ...
     return np.asarray(im)
+
+def _top(im: Image.Image) -> float | None:
+    "The largest number that the file can store, where that is not the dtype's: TIFF has 12 bits."
+    return 4095. if im.format == "TIFF" and im.mode.startswith("I;16") and im.tag_v2.get(258) == (12,) else None
 
 def _look_up_palette(im: Image.Image) -> np.ndarray:
     "(H, W) when the palette is grey, else (H, W, 3). A large film by `convert` takes twice as long."
@@ -106,23 +159,43 @@ def _look_up_palette(im: Image.Image) -> np.ndarray:
     return (table[:, 0] if grey else table).take(np.asarray(im), axis=0)
 
 def _open_pillow(path: Path) -> np.ndarray:
-    with open(path, "rb") as file, _header(file, path) as im:
+    with Bounded(path) as file, _header(file, path) as im, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             _refuse_frames(im, path)
+            _refuse_tiles(im, path)
             im.load()
             ImageOps.exif_transpose(im, in_place=True)
-            array = _stored(im)
-        except AdamError: raise
-        except Exception as e: raise AdamError(f"{path} is damaged or cut short ({e}); download it again or remove it.") from None
-    return _unit(_collapse(array, path), path)
+            array, top = _stored(im), _top(im)
+        except (AdamError, MemoryError): raise
+        except Exception as e: raise AdamError(f"{path} is damaged or cut short ({_said(e)}); download it again or remove it.") from None
+    return _unit(_collapse(array, path), path, top)
 
-# %% ../nbs/03_images.ipynb #922de7be
+# %% ../nbs/03_images.ipynb #6520da2f
 _JSRT = (2048, 2048)
 
+def _npy_shape(path: Path) -> tuple:
+    "The shape that an `.npy` file states; `AdamError` when it is no image, or when the file does not hold that much."
+    from numpy.lib import format as npy
+    try:
+        with Bounded(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
+            shape, _, dtype = read(file, max_header_size=1000)                 # an honest one has 118
+            left = file.size - file.tell()
+    except Exception: raise AdamError(f"{path} is not a complete NumPy array; save it again.") from None
+    if dtype.hasobject: raise AdamError(f"{path} holds pickled Python objects, which could run code and are not read; save it as uint8, uint16, or floats in [0, 1].")
+    _check_shape(shape, path)
+    if dtype.kind not in "buif": raise AdamError(f"{path} holds {dtype.name[:40]} pixels, whose range says nothing; save it as uint8, uint16, or floats in [0, 1].")
+    check_pixels(*shape[:2], path)
+    need = dtype.itemsize
+    for n in shape: need *= n
+    if left < need: raise AdamError(f"{path} is not a complete NumPy array: it has {left:,} of {need:,} bytes; save it again.")
+    return shape
+
 def _open_npy(path: Path) -> np.ndarray:
-    try: array = np.load(path, allow_pickle=False)
-    except Exception as e: raise AdamError(f"{path} is not a complete NumPy array ({e}); save it again.") from None
-    return _unit(_collapse(array, path), path)
+    _npy_shape(path)
+    return _unit(_collapse(np.load(path, allow_pickle=False), path), path)
 
 def _check_jsrt_length(path: Path):
     want = 2*_JSRT[0]*_JSRT[1]
@@ -134,85 +207,23 @@ def _open_jsrt(path: Path) -> np.ndarray:
     if density.max() > 4095: raise AdamError(f"{path} holds values up to {density.max()}, but a raw JSRT film has 12 bits; its byte order may be wrong: download it again.")
     return _unit(4095 - density.astype(np.uint16), path, top=4095)
 
-# %% ../nbs/03_images.ipynb #ffd68503
-def _dicom(path: Path, pixels: bool = True):
-    "The pydicom dataset of a file."
-    import pydicom
-    try: ds = pydicom.dcmread(path, stop_before_pixels=not pixels)
-    except Exception as e: raise AdamError(f"{path} is not a DICOM file that can be read ({e}); download it again or remove it.") from None
-    if "Rows" not in ds or "Columns" not in ds or (pixels and "PixelData" not in ds): raise AdamError(f"{path} is a DICOM file without an image; remove it.")
-    if int(ds.get("NumberOfFrames") or 1) > 1: raise AdamError(f"{path} holds {ds.NumberOfFrames} frames; save the one that you mean as a file of its own.")
-    return ds
+# %% ../nbs/03_images.ipynb #5dfbba71
+_OPENERS = {"npy": _open_npy, "jsrt": _open_jsrt, "dicom": lambda path: _collapse(open_dicom(path), path), "pillow": _open_pillow}
 
-def _first(value) -> float | None:
-    "The first of the windows that a file offers; None when the field is absent or empty."
-    if value is None or value == "": return None
-    return float(value[0] if hasattr(value, "__len__") and not isinstance(value, str) else value)
-
-def _window(x: np.ndarray, centre: float, width: float, function: str, path) -> np.ndarray:
-    "DICOM PS3.3 C.11.2: LINEAR, LINEAR_EXACT or SIGMOID, as values in [0, 1]."
-    if width <= 0 or (function == "LINEAR" and width < 1): raise AdamError(f"{path} has the window width {width:g}; the file is wrong: mend WindowWidth or remove it.")
-    if function == "SIGMOID": return 1/(1 + np.exp(-4*(x - centre)/width))
-    if function == "LINEAR_EXACT": return np.clip((x - centre)/width + .5, 0, 1)
-    if function != "LINEAR": raise AdamError(f"{path} has the VOI LUT function '{function}'; LINEAR, LINEAR_EXACT and SIGMOID are known.")
-    return np.clip((x - (centre - .5))/max(width - 1, 1e-6) + .5, 0, 1)
-
-# %% ../nbs/03_images.ipynb #69af7f03
-def _look_up(x: np.ndarray, item) -> tuple[np.ndarray, float]:
-    "`x` through the table of a modality or VOI LUT sequence item, and the largest value that the table can give."
-    n, first, bits = (int(v) for v in item.LUTDescriptor)
-    n, data = n or 65536, item.LUTData
-    values = np.frombuffer(data, "<u2" if len(data) >= 2*n else np.uint8)[:n] if isinstance(data, bytes) else np.array(data)
-    if first > 32767 and x.min() < 0: first -= 65536        # a negative start, read as unsigned
-    return values[np.clip(x.astype(np.int64) - first, 0, len(values) - 1)].astype(np.float32), 2**bits - 1
-
-def _modality(ds, x: np.ndarray) -> tuple[np.ndarray, float, float]:
-    "Meaningful numbers, and the ends of the range that the stored bits allow."
-    if ds.get("ModalityLUTSequence"):
-        x, top = _look_up(x, ds.ModalityLUTSequence[0])
-        return x, 0, top
-    bits, signed = int(ds.BitsStored), int(ds.get("PixelRepresentation") or 0)
-    slope, intercept = float(ds.get("RescaleSlope") or 1), float(ds.get("RescaleIntercept") or 0)
-    ends = [(v - signed*2**(bits - 1))*slope + intercept for v in (0, 2**bits - 1)]
-    return x.astype(np.float32)*np.float32(slope) + np.float32(intercept), min(ends), max(ends)
-
-# %% ../nbs/03_images.ipynb #cb35dbe4
-def _grey_dicom(ds, stored: np.ndarray, path) -> np.ndarray:
-    "Stored numbers of a monochrome image → [0, 1]: modality, then VOI or the stored range, then inversion."
-    x, low, high = _modality(ds, stored)
-    centre, width = _first(ds.get("WindowCenter")), _first(ds.get("WindowWidth"))
-    if ds.get("VOILUTSequence"):
-        x, top = _look_up(x, ds.VOILUTSequence[0]); x = x/top
-    elif centre is not None and width is not None: x = _window(x, centre, width, str(ds.get("VOILUTFunction") or "LINEAR").upper(), path)
-    else: x = (x - low)/(high - low)
-    x = np.clip(x, 0, 1).astype(np.float32)
-    return 1 - x if ds.PhotometricInterpretation == "MONOCHROME1" else x
-
-def _open_dicom(path: Path) -> np.ndarray:
-    ds = _dicom(path)
-    try:
-        stored = ds.pixel_array
-        if ds.PhotometricInterpretation.startswith("MONOCHROME"): return _collapse(_grey_dicom(ds, stored, path), path)
-        if ds.PhotometricInterpretation == "PALETTE COLOR":
-            from pydicom.pixels import apply_color_lut
-            stored = apply_color_lut(stored, ds)
-            return _unit(_collapse(stored, path), path)
-        return _unit(_collapse(stored, path), path, top=2**int(ds.BitsStored) - 1)     # RGB; pydicom has converted YBR
+def _named(path: Path, work):
+    "The result of `work()`; an error that no reader foresaw is named too."
+    try: return work()
     except AdamError: raise
-    except Exception as e:
-        syntax = ds.file_meta.TransferSyntaxUID.name if "TransferSyntaxUID" in ds.file_meta else "no transfer syntax"
-        raise AdamError(f"The pixels of {path} ({syntax}) cannot be decoded ({' '.join(str(e).split())}); download it again, or convert it to an uncompressed DICOM file.") from None
-
-# %% ../nbs/03_images.ipynb #a7cbe930
-_OPENERS = {"npy": _open_npy, "jsrt": _open_jsrt, "dicom": _open_dicom, "pillow": _open_pillow}
+    except MemoryError: raise AdamError(f"{path} needs more memory than there is; free some, or save the image smaller.") from None
+    except Exception as e: raise AdamError(f"{path} cannot be read ({_said(e)}); download it again or remove it.") from None
 
 def open_image(path: str | os.PathLike) -> np.ndarray:
     """A float32 array in [0, 1], `(H, W)` for grey and `(H, W, 3)` for coloured images.
 
     PNG, JPEG, TIFF, GIF, BMP, WebP, PPM, `.npy`, raw JSRT `.IMG`, DICOM. The range is that of the stored bit depth or dtype (DICOM: the VOI window if there is one), never the image's own minimum and maximum.
-    `AdamError` names a file that is missing, empty, damaged, of an unknown format, or holds NaN."""
+    `AdamError` names a file that is missing, empty, damaged, of an unknown format, larger than `MAX_PIXELS`, or holds NaN; no bytes of a file raise anything else."""
     path = Path(path)
-    return _OPENERS[_kind(path)](path)
+    return _named(path, lambda: _OPENERS[_kind(path)](path))
 
 def open_grey(path: str | os.PathLike) -> np.ndarray:
     "`open_image` as `(H, W)`; a coloured image is refused by name."
@@ -223,11 +234,12 @@ def open_colour(path: str | os.PathLike) -> np.ndarray:
     image = open_image(path)
     return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
 
-# %% ../nbs/03_images.ipynb #528f8590
+# %% ../nbs/03_images.ipynb #86100615
 def open_mask(path: str | os.PathLike) -> np.ndarray:
     "A bool array `(H, W)`: pixels above half of the brightest value (of the full range for JPEG and WebP)."
     image = open_grey(path)
-    lossy = Path(path).suffix.lower() in (".jpg", ".jpeg", ".webp")
+    head = _head(Path(path))
+    lossy = head.startswith(b"\xff\xd8") or head[12:16] in (b"VP8 ", b"VP8X")     # JPEG and WebP by content; a lossless WebP begins with VP8L
     return image > (.5 if lossy else image.max()/2)
 
 # %% ../nbs/03_images.ipynb #0e39d459
@@ -240,22 +252,15 @@ def _sideways(im: Image.Image, file) -> bool:
         if b"eXIf" not in file.read(): return False
     return im.getexif().get(0x0112) in (5, 6, 7, 8)
 
-# %% ../nbs/03_images.ipynb #968cc453
+# %% ../nbs/03_images.ipynb #aedbacc4
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     "(height, width) of what `open_image` returns, from the header only. A file whose pixels are damaged may still have a good header."
     path = Path(path)
-    kind = _kind(path)
-    if kind == "jsrt":
-        _check_jsrt_length(path)
-        return _JSRT
-    if kind == "npy":
-        try: shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
-        except Exception as e: raise AdamError(f"{path} is not a complete NumPy array ({e}); save it again.") from None
-        _check_shape(shape, path)
-        return shape[:2]
-    if kind == "dicom":
-        ds = _dicom(path, pixels=False)
-        return int(ds.Rows), int(ds.Columns)
-    with open(path, "rb") as file, _header(file, path) as im:
+    return _named(path, lambda: _SIZES[_kind(path)](path))
+
+def _pillow_size(path: Path) -> tuple[int, int]:
+    with Bounded(path) as file, _header(file, path) as im:
         width, height = im.size
         return (width, height) if _sideways(im, file) else (height, width)
+
+_SIZES = {"jsrt": lambda path: _check_jsrt_length(path) or _JSRT, "npy": lambda path: _npy_shape(path)[:2], "dicom": dicom_size, "pillow": _pillow_size}

@@ -97,7 +97,7 @@ def export(config: PretrainConfig, state: dict, out: Path, arm: str):
     save_encoder(out/"encoder.safetensors", _encoder(config, chosen), _card(config, state, at))
     write_result(out/"pretrain.json", pretrain_result(config, state, out, arm, at))
 
-# %% ../nbs/13d_outcome.ipynb #285588f9
+# %% ../nbs/13d_outcome.ipynb #cd217231
 def thin(rows: list[dict], most: int = 500) -> list[dict]:
     "At most `most` rows: neighbours are averaged; counters keep the last value."
     group = math.ceil(len(rows) / most)
@@ -105,7 +105,7 @@ def thin(rows: list[dict], most: int = 500) -> list[dict]:
         return {k: part[-1][k] if not isinstance(part[-1][k], float) else float(np.mean([r[k] for r in part])) for k in part[-1]}
     return [merge(rows[i:i + group]) for i in range(0, len(rows), group)]
 
-_SERIES = ("stage", "step", "global_step", "level", "loss", "chance", "kept", "kept_fraction", "pruned_fraction", "positive", "negative_mean", "accuracy", "bank_fill", "lr")
+_SERIES = ("stage", "step", "global_step", "level", "loss", "chance", "kept", "kept_fraction", "pruned_fraction", "positive", "negative_mean", "accuracy", "spread", "effective_rank", "bank_fill", "lr")
 
 def pretrain_result(config: PretrainConfig, state: dict, out: Path, arm: str, selected: int) -> dict:
     "The result of a run (kind `pretrain`), from its state and its log."
