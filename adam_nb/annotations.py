@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['read_polygon', 'fill_polygon', 'polygon_loader', 'read_rle', 'fill_runs', 'decode_rle', 'encode_rle', 'rle_loader',
-           'read_box', 'read_annotations', 'Files', 'check_share', 'check_choice', 'deal', 'deal_val']
+           'read_box', 'read_annotations', 'Files', 'is_dicom', 'check_share', 'check_choice', 'deal', 'deal_val']
 
-# %% ../nbs/04d_annotations.ipynb #c3f7baaf
+# %% ../nbs/04d_annotations.ipynb #33ef92ac
 import json, os, re
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +16,7 @@ import numpy as np
 
 from .config import AdamError, nearest
 from .images import IMAGE_SUFFIXES, image_size
-from .layouts import archives_in, find_files, need_folder, resize_nearest
+from .layouts import find_files, need_folder, resize_nearest
 from .records import Record, split_by_patient
 
 # %% ../nbs/04d_annotations.ipynb #26c6c7de
@@ -45,14 +45,18 @@ def read_polygon(
     if not (np.abs(points) <= _FARTHEST).all(): raise AdamError(f"{where} has a coordinate that is NaN or beyond {_FARTHEST:.0f} pixels; mend the entry or download the file again.")
     return points
 
-# %% ../nbs/04d_annotations.ipynb #ace12429
+# %% ../nbs/04d_annotations.ipynb #c928a79a
 def fill_polygon(
     points: np.ndarray,     # (n, 2) as x, y in pixels; the last joins the first
     size: tuple[int, int],  # (height, width)
 ) -> np.ndarray:
     "Bool `(height, width)`: the pixels whose centre is inside the polygon (even-odd rule); what lies outside the image is cut off."
-    (height, width), (x0, y0), (x1, y1) = size, points.T, np.roll(points, -1, 0).T
-    first, last = (np.ceil(f(y0, y1) - .5).clip(0, height).astype(int) for f in (np.minimum, np.maximum))    # half-open: a corner counts once
+    height, width = size
+    ends = np.stack([points, np.roll(points, -1, 0)])
+    upward = ends[0, :, 1] > ends[1, :, 1]
+    ends[:, upward] = ends[::-1, upward]                # all edges run down: one that two polygons share is rounded once, not twice
+    (x0, y0), (x1, y1) = ends[0].T, ends[1].T
+    first, last = (np.ceil(y - .5).clip(0, height).astype(int) for y in (y0, y1))    # half-open: a corner counts once
     edge = np.repeat(np.arange(len(points)), last - first)
     row = np.arange(len(edge)) - np.repeat(np.cumsum(last - first) - (last - first), last - first) + first[edge]
     crossing = x0[edge] + (row + .5 - y0[edge])*(x1 - x0)[edge]/(y1 - y0)[edge]
@@ -88,10 +92,8 @@ def polygon_loader(
     "A picklable callable for `LazyMasks`: the union of the polygons at the size of the image."
     return partial(_polygon_mask, path, list(polygons), base)
 
-# %% ../nbs/04d_annotations.ipynb #5f0a6815
-def _whole(token: str) -> int:
-    if re.fullmatch(r"-?[0-9]{1,18}", token) is None: raise ValueError(token)      # int() would take 1_0 and digits of other scripts
-    return int(token)
+# %% ../nbs/04d_annotations.ipynb #8ca24485
+_is_whole = re.compile(r"-?[0-9]{1,18}").fullmatch         # int() alone would take 1_0 and digits of other scripts
 
 def read_rle(
     text: str,                              # "gap length gap length …", or "-1"
@@ -101,8 +103,8 @@ def read_rle(
     "The runs as int64 `(n, 2)`: gap since the end of the previous run, and length; no rows for \"-1\". `AdamError` for an odd count, what is no number, negative numbers, empty runs, and runs beyond the image."
     tokens = text.split()
     if tokens == ["-1"]: return np.zeros((0, 2), np.int64)
-    try: values = [_whole(t) for t in tokens]
-    except ValueError: raise AdamError(f"{where} is {_short(text)}, but must be whole numbers, or -1; mend the row or download the table again.") from None
+    if not all(map(_is_whole, tokens)): raise AdamError(f"{where} is {_short(text)}, but must be whole numbers, or -1; mend the row or download the table again.")
+    values = list(map(int, tokens))
     if not values or len(values) % 2: raise AdamError(f"{where} has {len(values)} numbers, but gap and length come in pairs; mend the row or download the table again.")
     if min(values) < 0: raise AdamError(f"{where} holds the negative number {min(values)}; mend the row or download the table again.")
     if min(values[1::2]) == 0: raise AdamError(f"{where} has a run of no pixel; mend the row or download the table again.")
@@ -145,21 +147,21 @@ def rle_loader(
     "A picklable callable for `LazyMasks`: the union of the runs at the size of the image (a smaller copy of it takes the nearest pixels)."
     return partial(_rle_mask, path, list(codes), base)
 
-# %% ../nbs/04d_annotations.ipynb #643183fc
+# %% ../nbs/04d_annotations.ipynb #dde080c4
 def read_box(
-    corners: Sequence,                  # x_min, y_min, x_max, y_max: numbers, or the text of numbers
+    corners: Sequence,                  # list or tuple of x_min, y_min, x_max, y_max: numbers, or the text of numbers
     where: str = "the box",             # file and row, for the error
     scale: tuple[float, float] = (1, 1),        # (y, x) from the table's pixels to the image's
     size: tuple[int, int] | None = None,        # (height, width): the box is kept inside
 ) -> tuple[int, int, int, int]:
     "Half-open `(y0, x0, y1, x1)`, rounded to whole pixels, at least one pixel large. `AdamError` for what is no number, for a box without area, and for one outside the image."
-    try: x0, y0, x1, y1 = (float(v) for v in corners)
-    except (TypeError, ValueError, OverflowError): raise AdamError(f"{where} is {_short(list(corners) if isinstance(corners, (list, tuple)) else corners)}, but a box is x_min, y_min, x_max, y_max; mend the row or download the table again.") from None
+    try: x0, y0, x1, y1 = map(float, corners if isinstance(corners, (list, tuple)) else ())
+    except (TypeError, ValueError, OverflowError): raise AdamError(f"{where} is {_short(corners)}, but a box is x_min, y_min, x_max, y_max; mend the row or download the table again.") from None
     if not (0 <= x0 < x1 <= _FARTHEST and 0 <= y0 < y1 <= _FARTHEST): raise AdamError(f"{where} is a box from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}), which has no area or lies outside the image; mend the row or download the table again.")
     top, left, bottom, right = (round(v*s) for v, s in zip((y0, x0, y1, x1), (*scale, *scale)))
     if size is not None:
-        if top >= size[0] or left >= size[1]: raise AdamError(f"{where} begins at ({x0:g}, {y0:g}), outside the image of {size[0]} x {size[1]} pixels; mend the row or download the table again.")
-        bottom, right = min(bottom, size[0]), min(right, size[1])
+        if y0*scale[0] >= size[0] or x0*scale[1] >= size[1]: raise AdamError(f"{where} begins at ({x0:g}, {y0:g}), outside the image of {size[0]} x {size[1]} pixels; mend the row or download the table again.")
+        top, left, bottom, right = min(top, size[0] - 1), min(left, size[1] - 1), min(bottom, size[0]), min(right, size[1])
     return top, left, max(bottom, top + 1), max(right, left + 1)
 
 # %% ../nbs/04d_annotations.ipynb #6da44091
@@ -174,7 +176,7 @@ def read_annotations(path) -> dict | list:
     try: return json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except (ValueError, RecursionError, OSError) as e: raise AdamError(f"{path} is not a complete JSON file ({_short(str(e), 80)}); download it again.") from None
 
-# %% ../nbs/04d_annotations.ipynb #3ac83c39
+# %% ../nbs/04d_annotations.ipynb #c59ffd2d
 class Files:
     "The files below the folder of a data set, found by name."
     def __init__(self, root, name: str):
@@ -183,11 +185,6 @@ class Files:
         self.images = [p for p in found if p.lower().endswith(IMAGE_SUFFIXES)]
         self.others = [p for p in found if p.lower().endswith((".csv", ".json", ".txt"))]
 
-    def hint(self) -> str:
-        "A sentence about archives that lie there, or nothing."
-        names = [os.path.basename(a) for a in archives_in(self.root)]
-        return f" There {'is an archive' if len(names) == 1 else 'are archives'} in it ({', '.join(names[:3])}{' …' if len(names) > 3 else ''}): unpack {'it' if len(names) == 1 else 'them'} there." if names else ""
-
     def table(self, *names: str) -> str | None:
         "The path of the first of `names` that is there (upper and lower case alike), nearest to the root; else None."
         return next((p for n in names for p in self.others if os.path.basename(p).lower() == n.lower()), None)
@@ -195,25 +192,30 @@ class Files:
     def need_table(self, *names: str) -> str:
         "The same; `AdamError` when none is there."
         path = self.table(*names)
-        if path is None: raise AdamError(f"There is no {' or '.join(names)} below {self.root}, which the data set '{self.name}' needs; download it from the publisher and put it there.{self.hint()}")
+        if path is None: raise AdamError(f"There is no {' or '.join(names)} below {self.root}, which the data set '{self.name}' needs; download it from the publisher and put it there.")
         return path
 
-# %% ../nbs/04d_annotations.ipynb #fe36eb59
-def _by_stem(self, pattern: str = "(.+)") -> tuple[dict[str, str], int]:
-    "{id: path} of the images whose stem matches `pattern` as a whole (the id is its first group), DICOM before copies in other formats, and how many copies were left out."
+# %% ../nbs/04d_annotations.ipynb #1e73cdc3
+def is_dicom(path: str) -> bool:
+    "Whether a file is called like a DICOM file."
+    return path.lower().endswith((".dcm", ".dicom"))
+
+def _by_name(self, pattern: str = "(.+)") -> tuple[dict[str, str], list[str]]:
+    "{id: path} of the images whose file name matches `pattern` as a whole (the id is its first group), and a note if there are copies. `AdamError` when two of one id differ in length, unless one is DICOM."
     out, copies = {}, 0
     rule = re.compile(pattern, re.I)
-    for path in sorted(self.images, key=lambda p: not p.lower().endswith((".dcm", ".dicom"))):
-        if (m := rule.fullmatch(os.path.splitext(os.path.basename(path))[0])) is None: continue
-        if m[1] in out: copies += 1
-        else: out[m[1]] = path
-    return out, copies
+    for path in sorted(self.images, key=lambda p: not is_dicom(p)):
+        if (m := rule.fullmatch(os.path.basename(path))) is None or (first := out.setdefault(m[1], path)) == path: continue
+        lengths = {os.path.getsize(p) for p in (first, path) if os.path.isfile(p)}
+        if is_dicom(first) == is_dicom(path) and len(lengths) > 1: raise AdamError(f"{first} and {path} have one name, but are different files: one may be a mask, or the film at another size; leave only the films below {self.root}.")
+        copies += 1
+    return out, [f"{copies} copies of films lie below {self.root}: a DICOM file, or else the path nearest to the root, is used."] if copies else []
 
 def _need_some(self, records: Sequence, named: int, what: str):
     "`AdamError` when a table names images and none of them is there."
-    if not records: raise AdamError(f"None of the {named} images that {what} names is below {self.root}; put the images there.{self.hint()}")
+    if not records: raise AdamError(f"None of the {named} images that {what} names is below {self.root}; put the images there.")
 
-Files.by_stem, Files.need_some = _by_stem, _need_some
+Files.by_name, Files.need_some = _by_name, _need_some
 
 # %% ../nbs/04d_annotations.ipynb #18160c29
 def check_share(value, key: str = "val_fraction"):

@@ -97,7 +97,7 @@ def _digest(pixels, shape) -> bytes:
     return h.digest()
 def _length(height: int, width: int, channels: int) -> int: return channels*sum(h*w for h, w in pyramid_sizes(height, width))
 
-# %% ../nbs/06_cache.ipynb #47e07d02
+# %% ../nbs/06_cache.ipynb #f4165272
 _LINE = np.dtype([("key", "V16"), ("offset", "<i8"), ("size", "<i4", 2), ("crop", "<i4", 4), ("window", "<f4", 2), ("digest", "V16")])
 
 def _keys(records: Records) -> list[bytes]:
@@ -110,8 +110,9 @@ def _keys(records: Records) -> list[bytes]:
 
 class _Partial:
     "The folder in which a cache grows."
-    def __init__(self, path: Path, recipe: dict):
-        self.path, self.channels, self.lines, self.histograms = path, recipe["channels"], {}, {}
+    def __init__(self, path: Path, recipe: dict, keys=()):
+        self.path, self.channels, self.wanted, self.lines = path, recipe["channels"], set(keys), {}
+        self.histogram = np.zeros((self.channels, 256), np.int64)    # of all images that are wanted: one for each would fill the memory
         while not self._lock(): pass
         if not (path/"recipe.json").is_file() or read_json(path/"recipe.json") != recipe:
             for name in ("journal.bin", "pixels.bin"): (path/name).unlink(missing_ok=True)
@@ -145,8 +146,11 @@ class _Partial:
             start, (h, w) = int(line["offset"]), line["size"]
             shape, part = (h, w) if self.channels == 1 else (h, w, self.channels), flat[start:start + _length(h, w, self.channels)]
             if len(part) == _length(h, w, self.channels) and _digest(part, shape) == bytes(line["digest"]):
-                self.lines[bytes(line["key"])] = line
-                self.histograms[bytes(line["key"])] = _histogram(part[:h*w*self.channels].reshape(shape))
+                self._keep(bytes(line["key"]), line, _histogram(part[:h*w*self.channels].reshape(shape)))
+
+    def _keep(self, key: bytes, line, histogram: np.ndarray):
+        if key in self.wanted and key not in self.lines: self.histogram += histogram
+        self.lines[key] = line
 
     def add(self, key: bytes, found: dict):
         "Write the pixels of one image, then its line."
@@ -155,7 +159,7 @@ class _Partial:
         for name in ("size", "crop", "window"): line[name] = found[name]
         self.pixels.write(found["pixels"]); self.pixels.flush()
         self.journal.write(line.tobytes()); self.journal.flush()
-        self.lines[key], self.histograms[key] = line[()], found["histogram"]
+        self._keep(key, line[()], found["histogram"])
 
     def rename(self, out: Path):
         "Give the finished folder its name, under the lock; an older cache of that name goes. The journal goes last: a kill before loses nothing."
@@ -187,7 +191,7 @@ def _statistics(histogram: np.ndarray) -> dict:
     at = {str(p): [float(values[np.searchsorted(c, rank(p, c[-1]))]) for c in counts] for p in (0, 1, 5, 25, 50, 75, 95, 99, 100)}
     return {"mean": mean.tolist(), "std": std.tolist(), "percentiles": at}
 
-# %% ../nbs/06_cache.ipynb #fe9ee1fc
+# %% ../nbs/06_cache.ipynb #bf56d8b1
 _TABLES = ("ids", "patients", "splits", "offsets", "sizes", "crops", "windows", "digests")
 
 def _file_digest(path: Path) -> str:
@@ -207,7 +211,7 @@ def _finish(partial: _Partial, records: Records, keys: list[bytes], recipe: dict
     np.save(partial.path/"digests.npy", np.frombuffer(lines["digest"].tobytes(), np.uint8).reshape(-1, 16))
     names, counts = np.unique(np.array(text["splits"]), return_counts=True)
     manifest = {"hash": _data_hash(*text.values(), lines["digest"].tobytes()), **recipe, "n": len(kept), "patients": len(set(text["patients"])), "splits": {str(n): int(c) for n, c in zip(names, counts)},
-                "root": records.root, "options": records.options, "pixels": _statistics(sum(partial.histograms[keys[i]].astype(np.int64) for i in kept)),
+                "root": records.root, "options": records.options, "pixels": _statistics(partial.histogram),
                 "skipped": broken, "tables": {name: _file_digest(partial.path/f"{name}.npy") for name in _TABLES}, "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     partial.pixels.flush(); os.fsync(partial.pixels.fileno())
     write_json(partial.path/"manifest.json", manifest)
@@ -344,7 +348,7 @@ def _judge_broken(broken: list[dict], n: int, on_bad: str):
         raise AdamError(f"{len(broken)} of {n} images are broken: " + " | ".join(b["why"] for b in broken) + (" — mend or remove them, or set on_bad: skip." if len(broken) < n else " — no image is left."))
     print(f"{len(broken)} of {n} images are left out; the cache's manifest.json lists them:", *(f"  {b['why']}" for b in broken[:10]), *[f"  … and {len(broken) - 10} more"][:len(broken) > 10], sep="\n", file=sys.stderr)
 
-# %% ../nbs/06_cache.ipynb #3f43932e
+# %% ../nbs/06_cache.ipynb #be67132f
 def prepare(
     records: Records,
     out: str | os.PathLike,      # folder of the cache; an older cache there is replaced
@@ -369,7 +373,7 @@ def prepare(
     keys = _keys(records)
     whole = {**recipe, "fingerprint": records.fingerprint(), "sources": hashlib.blake2b(b"".join(keys), digest_size=8).hexdigest()}
     if (ready := _reuse(out, whole, on_bad)) is not None: return ready
-    partial = _Partial(out.with_name(f".{out.name}.partial"), recipe)
+    partial = _Partial(out.with_name(f".{out.name}.partial"), recipe, keys)
     try:
         if (ready := _reuse(out, whole, on_bad)) is not None: partial.discard(); return ready      # another process has finished it in this very moment
         work = functools.partial(decode, size=size, channels=channels, crop=crop, window=window)

@@ -35,7 +35,7 @@ def _findings(text: str, where: str) -> dict[str, float]:
         elif "|" in text: raise AdamError(f"{where} has both 'No Finding' and findings ('{text}'); mend that row.")
     return labels
 
-# %% ../nbs/04c_chest_sets.ipynb #2add7244
+# %% ../nbs/04c_chest_sets.ipynb #5928a9c7
 _OPTIONAL = "mend the row or remove the file (boxes are optional)"
 
 def _box_row(row: list[str], where: str) -> tuple[str, str, np.ndarray]:
@@ -52,8 +52,8 @@ def _read_boxes(path: Path) -> dict[str, list[tuple[str, np.ndarray]]]:
     "image name -> [(finding, box in the 1024² film)] from BBox_List_2017.csv."
     out: dict[str, list] = {}
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f: rows = list(csv.reader(f))
-    except (UnicodeDecodeError, csv.Error) as e: raise AdamError(f"{path} is not a CSV table in UTF-8 ({e}); download it again or remove it (boxes are optional).") from None
+        with open(path, newline="", encoding="utf-8-sig") as f: rows = list(csv.reader(f, strict=True))       # strict: an open quotation mark would swallow the rows behind it
+    except (OSError, UnicodeDecodeError, csv.Error) as e: raise AdamError(f"{path} cannot be read as a CSV table in UTF-8 ({e}); download it again or remove it (boxes are optional).") from None
     for n, row in enumerate(rows[1:], 2):
         if not any(row): continue
         name, finding, box = _box_row(row, f"{path}: row {n}")
@@ -66,7 +66,7 @@ def _scaled(box: np.ndarray, size: tuple[int, int], side: int = 1024) -> tuple[i
     y0, x0 = min(max(y0, 0), size[0] - 1), min(max(x0, 0), size[1] - 1)
     return int(y0), int(x0), int(max(min(y1, size[0]), y0 + 1)), int(max(min(x1, size[1]), x0 + 1))
 
-# %% ../nbs/04c_chest_sets.ipynb #249fce67
+# %% ../nbs/04c_chest_sets.ipynb #1f05689c
 _LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
 _LISTS_WITH_VAL = {s: f"Xray14_{s}_official.txt" for s in ("train", "val", "test")}
 
@@ -78,9 +78,10 @@ def _official(records: list[Record], root: Path, val_fraction: float, seed: int)
     split = {}
     for s, f in (_LISTS_WITH_VAL if full else _LISTS).items():
         if not (root/f).is_file(): raise AdamError(f"There is no {root/f}, which the official split needs; download it from the publisher, or use split_by: stratified.")
-        for name in read_list(root/f):
+        for name in map(os.path.basename, read_list(root/f)):
             if split.setdefault(name, s) != s: raise AdamError(f"{root/f} names {name}, which another list names too; download the lists again.")
     for r in records: r.split = split.get(os.path.basename(r.path))
+    if all(r.split is None for r in records): raise AdamError(f"The lists of the official split in {root} name none of the {len(records)} images; download the lists again, or use split_by: stratified.")
     notes = [f"The splits are the publisher's lists{' with a validation part' if full else ''}."]
     if (outside := sum(r.split is None for r in records)): notes.append(f"{outside} images are in none of the lists and have no split.")
     train = [r for r in records if r.split == "train"]
@@ -148,23 +149,29 @@ def chestxray14(
     named = {row[0] for row in rows}
     return Records(records, label_names=FINDINGS14, notes=notes, missing=sorted(named - files.keys()), unused=sorted(files[n] for n in files.keys() - named))
 
-# %% ../nbs/04c_chest_sets.ipynb #fa282847
+# %% ../nbs/04c_chest_sets.ipynb #f8736f46
 SCR_MASKS = ("right_lung", "left_lung", "heart", "right_clavicle", "left_clavicle")
-_STEM = re.compile(r"^(JPC[LN]N\d{3})(?:\.IMG)?$", re.I)
+_STEM = re.compile(r"(JPC[LN]N[0-9]{3})(?:\.IMG)?", re.I)
 
-def _scr_files(root: Path) -> tuple[dict[str, str], dict[str, dict[str, str]], dict[str, str]]:
-    "Films {id: path}, masks {id: {name: path}} and folds {id: 'fold1' | 'fold2'} below `root`; a raw film goes before its PNG copy."
-    films, masks, folds = {}, {}, {}
+def _keep(found: dict[str, str], key: str, path: str, what: str):
+    "Enter a file; a raw film goes before its copy. `AdamError` when two files of a kind claim to be the same thing."
+    def raw(p): return p.lower().endswith(".img")
+    if (other := found.get(key)) and raw(other) == raw(path): raise AdamError(f"{other} and {path} are both {what}; remove one of them.")
+    if not other or raw(path): found[key] = path
+
+def _scr_files(root: Path) -> tuple[dict[str, str], dict[str, dict[str, str]], dict[str, str], list[str]]:
+    "Films {id: path}, masks {id: {name: path}}, folds {id: 'fold1' | 'fold2'} and the other images below `root`."
+    films, masks, folds, others = {}, {}, {}, []
     for path in find_files(root):
-        p = Path(path); stem = _STEM.match(p.stem)
-        if stem is None or p.suffix.lower() == ".npy": continue
-        id, organ = stem[1].upper(), p.parent.name.lower().replace(" ", "_")
-        if organ in SCR_MASKS:
-            masks.setdefault(id, {})[organ] = path
-            for part in p.relative_to(root).parts:
-                if part.lower() in ("fold1", "fold2"): folds[id] = part.lower()
-        elif id not in films or p.suffix.lower() == ".img": films[id] = path
-    return films, masks, folds
+        p = Path(path)
+        stem, organ, folders = _STEM.fullmatch(p.stem), p.parent.name.lower().replace(" ", "_"), [f.lower() for f in p.relative_to(root).parts[:-1]]
+        if p.suffix.lower() == ".npy": continue                                     # landmarks
+        if stem and organ in SCR_MASKS:
+            _keep(masks.setdefault(id := stem[1].upper(), {}), organ, path, f"the mask '{organ}' of {id}")
+            folds |= {id: f for f in folders if f in ("fold1", "fold2")}
+        elif stem and p.suffix.lower() != ".gif" and not any("mask" in f for f in folders): _keep(films, id := stem[1].upper(), path, f"the film {id}")
+        else: others.append(path)                                                   # also masks of what we have no name for: never a film
+    return films, masks, folds, others
 
 # %% ../nbs/04c_chest_sets.ipynb #d546dcb3
 _CONTOURS = {"right_apex": ("RL", 1, min), "left_apex": ("LL", 1, min), "right_costophrenic": ("RL", 1, max), "left_costophrenic": ("LL", 1, max),
@@ -218,8 +225,8 @@ def _read_clinical(root: Path) -> dict[str, tuple[dict, np.ndarray | None]]:
             out[row[0]] = row[1:]
     return out
 
-# %% ../nbs/04c_chest_sets.ipynb #3464b5f3
-@register("scr", "SCR", source="films: JSRT, http://db.jsrt.or.jp/eng.php; outlines: SCR data base, https://www.isi.uu.nl/Research/Databases/SCR/", size="247 films, 2.1 GB raw; outlines about 10 MB",
+# %% ../nbs/04c_chest_sets.ipynb #f42aa898
+@register("scr", "SCR", source="films: JSRT, http://db.jsrt.or.jp/eng.php; outlines: SCR data base, https://www.isi.uu.nl/Research/Databases/SCR/", size="247 films, 2.1 GB raw; the outlines are small",
           terms="research and education, after registration; cite Shiraishi et al. (2000) and van Ginneken et al. (2006)",
           layout="All247images/JPCLN001.IMG ... (or images/JPCLN001.IMG.png ...), scratch/fold1/masks/left lung/JPCLN001.gif ...; optional: landmarks/{H,LL,RL,LCLA,RCLA}/JPCLN001.npy, CLNDAT_E.TXT, CNNDAT_E.TXT")
 def scr(
@@ -227,7 +234,7 @@ def scr(
 ) -> Records:
     "JSRT films with the SCR outlines: masks right_lung, left_lung, heart, right_clavicle, left_clavicle; fold 1 is train, fold 2 is test; label Nodule; landmarks where the arrays are there; with the clinical texts a box Nodule and, in extra, age (years, NaN), sex, subtlety (1 to 5), size_mm, malignant, diagnosis."
     root = need_folder(root, "scr")
-    films, masks, folds = _scr_files(root)
+    films, masks, folds, others = _scr_files(root)
     if not films: raise AdamError(f"There is no JSRT film (JPCLN001.IMG or JPCLN001.IMG.png …) below {root}; unpack the films into {root/'images'}.")
     contours: dict[str, dict[str, str]] = {}
     for p in find_files(root, (".npy",)):
@@ -239,12 +246,12 @@ def scr(
         record = file_record(path, id, masks=masks.get(id), split="train" if fold == "fold1" else "test", labels={"Nodule": float(id[3] == "L")}, extra=dict(facts))
         if id in contours or box is not None:
             try: size = record.size
-            except AdamError as e: notes.append(f"No landmarks for an image that cannot be read: {e}")
+            except AdamError as e: notes.append(f"No landmarks and no box for an image that cannot be read: {e}")
             else:
                 record.landmarks.update(_scr_landmarks(contours.get(id, {}), size))
                 if box is not None: record.boxes["Nodule"] = [_scaled(box, size, _JSRT_SIDE)]
         records.append(record)
     if not masks: notes.append(f"There is no mask below {root}; put the SCR folder 'scratch' there to have them.")
     elif (short := [i for i in films if len(masks.get(i, ())) < 5]): notes.append(f"{len(short)} films lack some of the five masks: {', '.join(sorted(short)[:5])}{' …' if len(short) > 5 else ''}.")
-    return Records(records, mask_names=SCR_MASKS if masks else (), label_names=["Nodule"], notes=notes, missing=sorted(clinical.keys() - films.keys()),
+    return Records(records, mask_names=SCR_MASKS if masks else (), label_names=["Nodule"], notes=notes, missing=sorted(clinical.keys() - films.keys()), unused=others,
                    stray_masks=sorted(path for id in masks.keys() - films.keys() for path in masks[id].values()))

@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['decode_frame', 'open_dicom', 'dicom_facts', 'dicom_size']
 
-# %% ../nbs/02a_dicom.ipynb #14edaea7
-import io, logging, os, struct, threading, warnings, zlib
-from contextlib import contextmanager
+# %% ../nbs/02a_dicom.ipynb #1c0bf6f9
+import io, os, struct, zlib
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 
 from .config import AdamError
-from .guard import Bounded, HelperError, check_pixels, in_helper
+from .guard import Bounded, HelperError, check_pixels, in_helper, silence
 
 # %% ../nbs/02a_dicom.ipynb #a620e9d5
 _ELEMENTS = {name: int(tag, 16) for name, tag in {
@@ -27,31 +25,10 @@ _ELEMENTS = {name: int(tag, 16) for name, tag in {
     "PixelData": "7FE00010"}.items()}
 _TRANSFER_SYNTAX, _PIXELS = 0x00020010, 0x7FE00000
 
-# %% ../nbs/02a_dicom.ipynb #2a2f7955
-_hush = threading.Lock()
-_hushed = {"depth": 0}
-
-@contextmanager
-def _silence():
-    "pydicom neither warns nor logs; nested and parallel uses are counted."
-    log = logging.getLogger("pydicom")
-    with _hush:
-        if not _hushed["depth"]:
-            _hushed["before"] = log.handlers, log.propagate
-            log.handlers, log.propagate = [logging.NullHandler()], False
-        _hushed["depth"] += 1
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        with _hush:
-            _hushed["depth"] -= 1
-            if not _hushed["depth"]: log.handlers, log.propagate = _hushed["before"]
-
+# %% ../nbs/02a_dicom.ipynb #83e307db
 def _discreetly(path, work, otherwise: str):
     "The result of `work()`; any exception but `AdamError` becomes `otherwise`, without the chain of causes that could quote a value."
-    with _silence():
+    with silence():
         try: return work()
         except AdamError: raise
         except MemoryError: reason = f"{path} needs more memory than there is; free some, or save the film smaller."
@@ -141,12 +118,13 @@ def _extended12(data: bytes, rows, columns, samples_per_pixel, bits_allocated, b
     values = image.GetBuffer().encode("utf-8", "surrogateescape")        # GDCM hands bytes out as a string
     return np.frombuffer(values, f"<{'ui'[pixel_representation]}{bits_allocated//8}").reshape(rows, columns)
 
-# %% ../nbs/02a_dicom.ipynb #550c4d78
+# %% ../nbs/02a_dicom.ipynb #3df7b55b
 def _colour_jpeg(data: bytes, photometric_interpretation, **_) -> np.ndarray:
     from PIL import Image
     from pydicom.encaps import get_frame
     with Image.open(io.BytesIO(get_frame(data, 0, number_of_frames=1)), formats=("JPEG",)) as im:
-        if photometric_interpretation == "RGB" and not {"jfif", "adobe_transform"} & im.info.keys():
+        says = {"jfif", "adobe_transform"} & im.info.keys() or [component[0] for component in im.layer] == [*b"RGB"]
+        if photometric_interpretation == "RGB" and not says:
             im.draft("YCbCr", im.size)                                    # the untransformed channels
             return np.asarray(im)
         return np.asarray(im.convert("RGB"))
@@ -246,7 +224,7 @@ def _decode(data: bytes, syntax, plugin: str, o: dict, path) -> np.ndarray:
     except HelperError as e: reason = f"The pixels of {path} ({_named(syntax)}) are damaged or cut short ({e}); download it again, or convert it to an uncompressed DICOM file."
     raise AdamError(reason)
 
-# %% ../nbs/02a_dicom.ipynb #11b4d92e
+# %% ../nbs/02a_dicom.ipynb #4c1e00d0
 def _table(descriptor, data, big_endian: bool, path) -> tuple[np.ndarray, int, int]:
     "Entries of a look-up table, the number that the first one stands for, and the largest value that its bits allow."
     order = ">" if big_endian else "<"
@@ -254,8 +232,9 @@ def _table(descriptor, data, big_endian: bool, path) -> tuple[np.ndarray, int, i
     if descriptor is None or data is None: raise AdamError(f"{path} has a look-up table without entries; mend or remove the file.")
     n, first, bits = (int(v) for v in words(descriptor))
     n, bits = n % 65536 or 65536, bits & 0xFFFF
-    values = words(data, "u2" if len(data) >= 2*n else "u1")[:n] if isinstance(data, bytes) else words(data)[:n] & 0xFFFF
-    if not 1 <= bits <= 16 or not len(values): raise AdamError(f"{path} has a look-up table that is empty, or not of 1 to 16 bits; mend or remove the file.")
+    packed = isinstance(data, bytes) and bits <= 8 and len(data) < 2*n
+    values = words(data, "u1" if packed else "u2")[:n] & 0xFFFF
+    if not 1 <= bits <= 16 or len(values) < n: raise AdamError(f"{path} has a look-up table with fewer entries than it states, or not of 1 to 16 bits; mend or remove the file.")
     return values, first, 2**bits - 1
 
 def _look_up(x: np.ndarray, table: tuple[np.ndarray, int, int], signed: bool) -> np.ndarray:
@@ -307,7 +286,7 @@ def _through(x: np.ndarray, bottom: float, length: float, function: str = "LINEA
     if function == "SIGMOID": return .5 + .5*np.tanh(2*(x - .5))                                # 1/(1 + exp(−4(x − centre)/width)), without overflow
     return np.clip(x, 0, 1, out=x)
 
-# %% ../nbs/02a_dicom.ipynb #d0c9b159
+# %% ../nbs/02a_dicom.ipynb #f5d8c063
 def _padding(ds, stored: np.ndarray, o: dict, path) -> np.ndarray | None:
     "A mask of the pixels that are padding, or None."
     if "PixelPaddingValue" not in ds: return None
@@ -327,7 +306,9 @@ def _see_grey(ds, stored: np.ndarray, o: dict, big_endian: bool, path) -> np.nda
     else:
         if centre is None or width is None: bottom, length, function = low, high - low, "LINEAR"
         else: bottom, length = _window(centre, width, function, path)
-        x = _through(x, (bottom - intercept)/slope, length/slope, function)
+        bottom, length = (bottom - intercept)/slope, length/slope
+        if not (abs(bottom) < 1e15 and 1e-15 < abs(length) < 1e15): raise AdamError(f"{path} has a window and a slope too far apart to compute with; mend or remove the file.")
+        x = _through(x, bottom, length, function)
     if o["photometric_interpretation"] == "MONOCHROME1": x = np.subtract(1, x, out=x)
     if (outside := _padding(ds, stored, o, path)) is not None: x[outside] = 0
     return x

@@ -29,7 +29,7 @@ def deal_val(records: list[Record], val_fraction: float, seed: int, strata=None)
     for r, s in zip(train, dealt): r.split = s
     return [f"A share of {val_fraction:g} of the training images, whole patients dealt with seed {seed}, is val."]
 
-# %% ../nbs/04g_fundus_sets.ipynb #6ecf147d
+# %% ../nbs/04g_fundus_sets.ipynb #e007f2c8
 _DRIVE = re.compile(r"([0-9]{2})_(training_mask|test_mask|training|test|manual1|manual2)\.(tif|tiff|gif|png)", re.I)
 _DRIVE_MASKS = {"manual1": "vessel", "training_mask": "fov", "test_mask": "fov", "manual2": "vessel_2"}
 
@@ -40,7 +40,7 @@ def _drive_files(root: Path) -> tuple[dict[int, dict[str, str]], list[str]]:
     for path in find_files(root):
         if not (m := _DRIVE.fullmatch(os.path.basename(path))): others.append(path); continue
         number, kind = int(m[1]), m[2].lower()
-        part = "test" if 1 <= number <= 20 else "training" if number <= 40 else None
+        part = "test" if 1 <= number <= 20 else "training" if 21 <= number <= 40 else None
         if part is None or ("manual" not in kind and not kind.startswith(part)): raise AdamError(f"{path}: DRIVE numbers its test images 01 to 20 and its training images 21 to 40; give the file its published name or remove it.")
         mine, kind = found.setdefault(number, {}), _DRIVE_MASKS.get(kind, kind)
         other = mine.get(kind)
@@ -112,7 +112,7 @@ def _eye_record(path: str, root: Path, train: dict, test: dict) -> Record | None
     grade, usage = (train if said == "train" else test).get(name, (np.nan, ""))
     return file_record(path, number, 3, split=said or place, labels={"grade": grade}, extra={"eye": eye.lower()} | ({"usage": usage} if usage else {}))
 
-# %% ../nbs/04g_fundus_sets.ipynb #3159f094
+# %% ../nbs/04g_fundus_sets.ipynb #24581941
 @register("eyepacs", "EyePACS", source="https://www.kaggle.com/c/diabetic-retinopathy-detection/data", size="35,126 and 53,576 JPEG photographs, about 88 GB",
           terms="the rules of the Kaggle competition, accepted on its page; name EyePACS as the source",
           layout="train/10_left.jpeg ..., trainLabels.csv; optional: test/1_left.jpeg ..., retinopathy_solution.csv")
@@ -129,7 +129,7 @@ def eyepacs(
     train, test = _grades(labels), _grades(solution, usage=True) if solution.is_file() else {}
     if (both := sorted({_EYE.fullmatch(n)[1] for n in train} & {_EYE.fullmatch(n)[1] for n in test})): raise AdamError(f"{labels} and {solution} both name patient {both[0]}; download the tables again.")
     files, others, copies = {}, [], 0
-    for path in find_files(root):
+    for path in sorted(find_files(root), key=lambda p: _part_folder(p, root) is None):     # of several copies one in train or test goes first
         name = _eye_name(path)
         if not _EYE.fullmatch(name): others.append(path)
         elif name in files: copies += 1
@@ -137,7 +137,9 @@ def eyepacs(
     made = {n: _eye_record(p, root, train, test) for n, p in sorted(files.items(), key=lambda f: (int(_EYE.fullmatch(f[0])[1]), f[0]))}
     records = [r for r in made.values() if r is not None]
     if not records: raise AdamError(f"None of the {len(train) + len(test)} photographs that the tables name is below {root}; put the parts of train.zip together (cat train.zip.00* > train.zip) and unpack it there.")
+    trained = {r.patient for r in records if r.split == "train"}
+    if (torn := next((r for r in records if r.split == "test" and r.patient in trained), None)): raise AdamError(f"{torn.path} is in the test part, but patient {torn.patient} is in the training part; move it, or complete {labels}.")
     notes = ["The test part is the publisher's.", *deal_val(records, val_fraction, seed, lambda r: r.labels["grade"])]
-    if copies: notes.append(f"Photographs that lie in {root} more than once: {copies}; the first copy in the order of paths is used.")
+    if copies: notes.append(f"Photographs that lie in {root} more than once: {copies}; one in a folder train or test goes first, then the order of paths.")
     if (blind := sum(np.isnan(r.labels["grade"]) for r in records)): notes.append(f"Photographs without a grade: {blind}{'' if test else '; those of the test part are in retinopathy_solution.csv'}.")
     return Records(records, label_names=["grade"], notes=notes, missing=sorted((train.keys() | test.keys()) - files.keys()), unused=others + [files[n] for n, r in made.items() if r is None])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COLOUR_TOLERANCE', 'IMAGE_SUFFIXES', 'to_grey', 'open_image', 'open_grey', 'open_colour', 'open_mask', 'image_size']
 
-# %% ../nbs/03_images.ipynb #ec1f57d0
-import os, warnings
+# %% ../nbs/03_images.ipynb #16f723bf
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .config import AdamError
 from .dicom import dicom_size, open_dicom
-from .guard import MAX_PIXELS, Bounded, check_pixels
+from .guard import MAX_PIXELS, Bounded, check_pixels, silence
 
 # %% ../nbs/03_images.ipynb #2ea4cc48
 def _unit(array: np.ndarray, path, top: float | None = None) -> np.ndarray:
@@ -97,7 +97,7 @@ def _kind(path: Path) -> str:
     _refuse_by_content(head, path)
     return {".img": "jsrt", ".dcm": "dicom", ".dicom": "dicom"}.get(suffix, "pillow")
 
-# %% ../nbs/03_images.ipynb #a9d8bb04
+# %% ../nbs/03_images.ipynb #aa25e31e
 _FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM")
 
 def _said(e: Exception) -> str: return " ".join(str(e).split())[:200] or type(e).__name__
@@ -115,9 +115,7 @@ def _header(file, path: Path) -> Image.Image:
     "The opened, not yet decoded Pillow image of an open `file`. `AdamError` for what Pillow does not know, and for more than `MAX_PIXELS`."
     _check_webp(file, path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            im = Image.open(file, formats=_FORMATS)
+        with silence(): im = Image.open(file, formats=_FORMATS)
     except UnidentifiedImageError: raise AdamError(f"{path} is not an image that can be read: its content matches no known format; download it again or remove it.") from None
     except Image.DecompressionBombError: raise AdamError(f"{path} claims far more pixels than the {MAX_PIXELS:,} that are read; save it smaller if that is its true size, else remove it.") from None
     except Exception as e: raise AdamError(f"{path} cannot be opened ({_said(e)}); download it again or remove it.") from None
@@ -136,7 +134,7 @@ def _refuse_frames(im: Image.Image, path):
 def _refuse_tiles(im: Image.Image, path):
     if im.format == "TIFF": check_pixels(*(int(im.tag_v2.get(tag) or 1) for tag in (323, 322)), path)      # TileLength, TileWidth
 
-# %% ../nbs/03_images.ipynb #e3b9f133
+# %% ../nbs/03_images.ipynb #07a10f1c
 def _stored(im: Image.Image) -> np.ndarray:
     "The stored values of a decoded Pillow image, palettes looked up."
     if im.mode.startswith("I;16") or (im.mode == "I" and im.format in ("PPM", "PNG")):   # Pillow scales the latter to 16 bits
@@ -159,8 +157,7 @@ def _look_up_palette(im: Image.Image) -> np.ndarray:
     return (table[:, 0] if grey else table).take(np.asarray(im), axis=0)
 
 def _open_pillow(path: Path) -> np.ndarray:
-    with Bounded(path) as file, _header(file, path) as im, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with Bounded(path) as file, _header(file, path) as im, silence():
         try:
             _refuse_frames(im, path)
             _refuse_tiles(im, path)
@@ -171,15 +168,14 @@ def _open_pillow(path: Path) -> np.ndarray:
         except Exception as e: raise AdamError(f"{path} is damaged or cut short ({_said(e)}); download it again or remove it.") from None
     return _unit(_collapse(array, path), path, top)
 
-# %% ../nbs/03_images.ipynb #6520da2f
+# %% ../nbs/03_images.ipynb #141c0a9c
 _JSRT = (2048, 2048)
 
 def _npy_shape(path: Path) -> tuple:
     "The shape that an `.npy` file states; `AdamError` when it is no image, or when the file does not hold that much."
     from numpy.lib import format as npy
     try:
-        with Bounded(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with Bounded(path) as file, silence():
             read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[npy.read_magic(file)]
             shape, _, dtype = read(file, max_header_size=1000)                 # an honest one has 118
             left = file.size - file.tell()

@@ -57,7 +57,7 @@ def register(
     def add(build): LAYOUTS[name] = Layout(name, folder, generated, build, source, terms, size, layout); return build
     return add
 
-# %% ../nbs/04b_layouts.ipynb #1affe943
+# %% ../nbs/04b_layouts.ipynb #481559bb
 _ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|7z|rar|tar\.(gz|bz2|xz|zst))(\.\d{3})?$", re.I)
 
 def is_archive(path) -> bool:
@@ -84,13 +84,13 @@ def need_folder(root, name: str) -> Path:
 
 def find_files(root: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, skip: Path | None = None) -> list[str]:
     "Paths of the files below `root` with one of the `suffixes` (any case), sorted; nothing below `skip`."
-    seen, found = set(), []
+    seen, found, suffixes = set(), [], tuple(suffixes)
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen or (skip is not None and real == os.path.realpath(skip)): subfolders.clear(); continue
         seen.add(real)
         subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and s != "__MACOSX")
-        found += [os.path.join(folder, f) for f in files if f.lower().endswith(tuple(suffixes)) and not f.startswith(".")]
+        found += [os.path.join(folder, f) for f in files if f.lower().endswith(suffixes) and not f.startswith(".")]
     return sorted(found)
 
 # %% ../nbs/04b_layouts.ipynb #b4b3e71c
@@ -162,13 +162,12 @@ def check_fractions(fractions, names: Sequence[str]):
     for k in fractions:
         if k not in names: raise AdamError(f"fractions names the split '{k}'.{nearest(k, names)}")
 
-# %% ../nbs/04b_layouts.ipynb #37360b41
+# %% ../nbs/04b_layouts.ipynb #9b62f848
 _SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 
 def _stem(path: str) -> str: return os.path.splitext(os.path.basename(path))[0]      # a path as text: a hundred thousand Path objects would take a second
 
 def _patient_of(relative: str, rule: str) -> str:
-    if rule == "stem": return _stem(relative)
     if rule == "parent": return relative.rpartition("/")[0] or "."
     try: found = re.search(rule, relative)
     except re.error as e: raise AdamError(f"patient='{rule}' is not a regular expression ({e}); give 'stem', 'parent' or an expression with a group.") from None
@@ -202,7 +201,7 @@ def _folder_splits(relative: list[str], patients: list[str], fractions: dict | N
     fractions = {"train": .9, "val": .1} if fractions is None else fractions
     return split_by_patient(patients, fractions, seed), [f"Whole patients were dealt to {', '.join(fractions)} with seed {seed}."]
 
-# %% ../nbs/04b_layouts.ipynb #f918adf6
+# %% ../nbs/04b_layouts.ipynb #24cc7876
 @register("folder", source="your own images", terms="your own", layout="any folders of image files; top folders train, val and test, if there are such, are the splits")
 def folder_records(
     root,                              # the folder
@@ -221,7 +220,7 @@ def folder_records(
     if not paths: raise AdamError(f"There is no image in {root}; known are the suffixes {', '.join(IMAGE_SUFFIXES)}.")
     start = len(os.path.join(root, ""))
     relative, stems_of = [p[start:].replace(os.sep, "/") for p in paths], [_stem(p) for p in paths]
-    (patients, unread), channels = dicom_patients(paths) if patient == "dicom" else ([_patient_of(r, patient) for r in relative], 0), channels or _guess_channels(paths)
+    (patients, unread), channels = dicom_patients(paths) if patient == "dicom" else (stems_of if patient == "stem" else [_patient_of(r, patient) for r in relative], 0), channels or _guess_channels(paths)
     splits, notes = _folder_splits(relative, patients, fractions, seed)
     if unread: notes.append(f"The headers of {unread} of {len(paths)} files cannot be read: each of them counts as a patient of its own.")
     by_stem, stems = _mask_files(mask_root) if mask_root else {}, Counter(stems_of)

@@ -17,34 +17,36 @@ from .config import AdamError, nearest
 from .layouts import LazyMasks, check_fractions, file_record, read_list, read_table, register
 from .records import Record, Records
 
-# %% ../nbs/04f_more_chest.ipynb #b57c8fb3
+# %% ../nbs/04f_more_chest.ipynb #fc60139b
 SHENZHEN_LISTS = {"train": "ShenzenCXR_train_data.txt", "val": "ShenzenCXR_valid_data.txt", "test": "ShenzenCXR_test_data.txt"}
 _UNITS = {"y": 1., "m": 12., "w": 52.18, "d": 365.25}     # of an age, by its first letter, as parts of a year
+_AGE = re.compile(r"(?<![\d.])(\d{1,4}(?:\.\d+)?)\s*([ymwd])(?!ale)", re.ASCII)      # "45 male" is no age of 45 months
 
 def _reading(path: str) -> dict:
     "sex ('M', 'F'), age (years) and finding of a clinical reading, as far as they can be read."
     try: lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
     except OSError as e: raise AdamError(f"{path} cannot be read ({e.strerror}); check its permissions, or remove it (readings are optional).") from None
     head = lines[0].lower() if lines else ""
-    sex, age = re.match(r"(fe)?male\b", head), re.search(r"(\d+)\s*([ymwd])", head)
-    years = int(age[1])/_UNITS[age[2]] if age and len(age[1]) < 5 else np.nan
+    sex, age = re.match(r"(fe)?male\b", head), _AGE.search(head)
+    years = float(age[1])/_UNITS[age[2]] if age else np.nan
     return {"sex": ("F" if sex[1] else "M") if sex else None, "age": years if years <= 120 else np.nan, "finding": " ".join(lines[1:]) or None}
 
-# %% ../nbs/04f_more_chest.ipynb #bbfb547a
-def _shenzhen_lists(files: Files, records: list[Record]) -> list[str] | None:
-    "Set the splits from the three lists, when all are there; returns notes, or None."
+# %% ../nbs/04f_more_chest.ipynb #fd75c3bc
+def _stem(path: str) -> str: return os.path.splitext(os.path.basename(path))[0].upper()
+
+def _shenzhen_lists(files: Files) -> dict[str, str]:
+    "Stem -> split, from the three lists; empty when none is there."
     paths = {s: files.table(f) for s, f in SHENZHEN_LISTS.items()}
-    if not all(paths.values()): return None
+    if not any(paths.values()): return {}
+    if (lack := [SHENZHEN_LISTS[s] for s, p in paths.items() if p is None]): raise AdamError(f"There is no {' and no '.join(lack)} below {files.root}, but {next(filter(None, paths.values()))}: put all three lists there, or none.")
     split: dict[str, str] = {}
     for s, path in paths.items():
         for entry in read_list(path):
             name, _, label = entry.partition(",")
-            stem = os.path.splitext(os.path.basename(name))[0].upper()
+            stem = _stem(name)
             if label and label != stem[-1:]: raise AdamError(f"{path} gives {name} the label {label}, but its name ends in {stem[-1:]}; mend or remove the list.")
             if split.setdefault(stem, s) != s: raise AdamError(f"{path} names {name}, which another list names too; mend or remove the lists.")
-    for r in records: r.split = split.get(os.path.splitext(os.path.basename(r.path))[0].upper())
-    outside = sum(r.split is None for r in records)
-    return ["The splits are the three lists of benchmark papers.", *([f"{outside} films are in none of the lists and have no split."] if outside else [])]
+    return split
 
 @register("shenzhen", "Shenzhen", source="U.S. National Library of Medicine, https://data.lhncbc.nlm.nih.gov/public/Tuberculosis-Chest-X-ray-Datasets/", terms="free for research; the readme in the archive says what to cite and that it is not to be passed on",
           size="662 PNG films, 3.8 GB", layout="ChinaSet_AllFiles/CXR_png/CHNCXR_0001_0.png …, ChinaSet_AllFiles/ClinicalReadings/CHNCXR_0001_0.txt …, optional lung masks mask/CHNCXR_0001_0_mask.png")
@@ -57,18 +59,21 @@ def shenzhen(
     fractions = {"train": .7, "val": .1, "test": .2} if fractions is None else fractions
     check_fractions(fractions, ("train", "val", "test"))
     files = Files(root, "shenzhen")
-    found, copies = files.by_stem(r"(CHNCXR_\d{4}_[01])")
-    masks, _ = files.by_stem(r"(CHNCXR_\d{4}_[01])_mask")
+    (found, copies), (masks, _) = files.by_name(r"(CHNCXR_\d{4}_[01])\.\w+"), files.by_name(r"(CHNCXR_\d{4}_[01])_mask\.\w+")
     found, masks = ({k.upper(): p for k, p in d.items()} for d in (found, masks))
-    if not found: raise AdamError(f"There is no film CHNCXR_0001_0.png … below {files.root}; put the folder ChinaSet_AllFiles there.{files.hint()}")
-    texts = {os.path.splitext(os.path.basename(p))[0].upper(): p for p in files.others if p.lower().endswith(".txt")}
+    if not found: raise AdamError(f"There is no film CHNCXR_0001_0.png … below {files.root}; put the folder ChinaSet_AllFiles there.")
+    texts = {_stem(p): p for p in reversed(files.others) if p.lower().endswith(".txt")}       # of several, the nearest to the root
     records = [file_record(path, stem[:-2], masks={"lungs": masks[stem]} if stem in masks else None, labels={"Tuberculosis": float(stem[-1])}, extra=_reading(texts[stem]) if stem in texts else {}) for stem, path in sorted(found.items())]
     if len({r.patient for r in records}) < len(records): raise AdamError(f"Below {files.root} a film lies both as normal (…_0.png) and as tuberculosis (…_1.png); remove the wrong one.")
-    notes = _shenzhen_lists(files, records) or ["There is no published split.", *deal(records, fractions, seed)]
+    if (split := _shenzhen_lists(files)):
+        for r in records: r.split = split.get(_stem(r.path))
+        outside = sum(r.split is None for r in records)
+        notes = ["The splits are the three lists of benchmark papers.", *([f"{outside} films are in none of the lists and have no split."] if outside else [])]
+    else: notes = ["There is no published split.", *deal(records, fractions, seed)]
+    notes += copies
     if (silent := len(found.keys() - texts.keys())): notes.append(f"{silent} films have no clinical reading: their sex and age are unknown.")
     if masks and (bare := len(found.keys() - masks.keys())): notes.append(f"{bare} films have no lung mask.")
-    if copies: notes.append(f"{copies} films lie below {files.root} more than once; the path nearest to the root is used.")
-    return Records(records, mask_names=["lungs"] if masks else (), label_names=["Tuberculosis"], notes=notes, stray_masks=sorted(masks[m] for m in masks.keys() - found.keys()))
+    return Records(records, mask_names=["lungs"] if masks else (), label_names=["Tuberculosis"], notes=notes, missing=sorted(split.keys() - found.keys()), stray_masks=sorted(masks[m] for m in masks.keys() - found.keys()))
 
 # %% ../nbs/04f_more_chest.ipynb #55ad9aec
 _SIIM_BASE = (1024, 1024)         # of the films that the codes were made on
@@ -87,7 +92,7 @@ def _siim_table(path: str) -> dict[str, list[np.ndarray]]:
             out.setdefault(image, []).extend([runs] if len(runs) else [])
     return out
 
-# %% ../nbs/04f_more_chest.ipynb #a51e3490
+# %% ../nbs/04f_more_chest.ipynb #a1b00614
 def _siim_folder(path: str) -> str | None:
     "'train' or 'test' by the publisher's folder that the film lies in."
     return next((s for s in ("train", "test") if f"dicom-images-{s}" in Path(path).parts), None)
@@ -108,15 +113,15 @@ def siim_acr(
     files = Files(root, "siim_acr")
     table = files.need_table("stage_2_train.csv", "train-rle.csv")
     codes = _siim_table(table)
-    found, copies = files.by_stem()
+    found, copies = files.by_name(r"(.+)\.\w+")
     records = [file_record(found[image], image, split=_siim_folder(found[image]), labels={"Pneumothorax": float(bool(runs))}) for image, runs in codes.items() if image in found]
     for r in records: r.load_masks = LazyMasks({"pneumothorax": rle_loader(r.path, codes[r.patient], _SIIM_BASE)})
     files.need_some(records, len(codes), table)
-    notes = ["Nothing is read from the DICOM headers about patients: each film counts as a patient.", f"The labels are those of {os.path.basename(table)}."]
+    notes = ["Nothing is read from the DICOM headers about patients: each film counts as a patient. The films are from ChestX-ray14: an encoder pretrained there may have seen them.",
+             f"The labels are those of {os.path.basename(table)}.", *copies]
     both = {r.split for r in records} == {"train", "test"}
     if split_by == "official" and not both: raise AdamError(f"split_by: official needs labelled films in dicom-images-train and in dicom-images-test below {files.root}, and stage_2_train.csv; use split_by: stratified.")
     notes += ["The splits are the publisher's folders.", *deal_val(records, val_fraction, seed)] if both and split_by != "stratified" else deal(records, fractions, seed)
-    if copies: notes.append(f"{copies} films lie below {files.root} more than once; the DICOM file, then the path nearest to the root, is used.")
     return Records(records, label_names=["Pneumothorax"], mask_names=["pneumothorax"], notes=notes, missing=sorted(codes.keys() - found.keys()), unused=sorted(found[i] for i in found.keys() - codes.keys()))
 
 # %% ../nbs/04f_more_chest.ipynb #dffb9650
@@ -144,7 +149,7 @@ def _det_table(path: str) -> dict[str, list]:
         out[name] = findings
     return out
 
-# %% ../nbs/04f_more_chest.ipynb #62559579
+# %% ../nbs/04f_more_chest.ipynb #c68706e4
 def _det_record(path: str, split: str, findings: list, notes: list[str]) -> Record:
     "A film with labels, boxes and lazy masks; one whose header cannot be read gets no boxes, and a note."
     of = {c: [points for s, _, points in findings if s == c] for c in CHESTX_DET}
@@ -171,9 +176,8 @@ def chestx_det(
     if not any(paths.values()): files.need_table("ChestX_Det_train.json", "ChestX_Det_test.json")
     tables = {s: _det_table(p) for s, p in paths.items() if p}
     if (twice := tables.get("train", {}).keys() & tables.get("test", {}).keys()): raise AdamError(f"{paths['test']} names {min(twice)}, which {paths['train']} names too; download the files again.")
-    found: dict[str, str] = {}
-    for p in files.images: found.setdefault(os.path.basename(p), p)
-    notes = ["There are no patient identifiers: each film counts as a patient. The films are from ChestX-ray14: an encoder pretrained there may have seen them."]
+    found, copies = files.by_name()
+    notes = ["There are no patient identifiers: each film counts as a patient. The films are from ChestX-ray14: an encoder pretrained there may have seen them.", *copies]
     records = [_det_record(found[name], s, findings, notes) for s, table in tables.items() for name, findings in table.items() if name in found]
     files.need_some(records, sum(map(len, tables.values())), " and ".join(filter(None, paths.values())))
     notes += ["The splits are the publisher's files.", *deal_val(records, val_fraction, seed)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASS_NAMES', 'read_rows', 'csv_table', 'ArrayReader', 'medmnist']
 
-# %% ../nbs/04h_tables.ipynb #25c0a2b9
+# %% ../nbs/04h_tables.ipynb #2c3a90fc
 import csv, math, os, re, stat, threading, zipfile, zlib
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -17,14 +17,17 @@ from .config import AdamError, nearest
 from .guard import check_pixels
 from .images import open_image, open_mask
 from .layouts import LazyMasks, check_fractions, file_record, need_folder, register
-from .records import Record, Records, split_by_patient
+from .records import Record, Records, leak_check, split_by_patient
 
-# %% ../nbs/04h_tables.ipynb #3c9241f8
+# %% ../nbs/04h_tables.ipynb #11f2f201
 def read_rows(path: str | os.PathLike) -> tuple[list[str], list[tuple[int, list[str]]]]:
     "The header of a CSV table and its rows as (row number, fields), without spaces around names and fields; blank rows are left out. `AdamError` names what is wrong and where."
+    rows = []
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f: rows = [[field.strip() for field in row] for row in csv.reader(f)]
-    except (UnicodeDecodeError, csv.Error) as e: raise AdamError(f"{path} is not a CSV table in UTF-8 ({e}); save it as 'CSV UTF-8'.") from None
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            for row in csv.reader(f, skipinitialspace=True, strict=True): rows.append([field.strip() for field in row])
+    except UnicodeDecodeError as e: raise AdamError(f"{path} is not a CSV table in UTF-8 ({e}); save it as 'CSV UTF-8'.") from None
+    except csv.Error as e: raise AdamError(f"{path}: row {len(rows) + 1} cannot be read ({e}); look for a quotation mark that is not closed, or save the table as 'CSV UTF-8'.") from None
     except OSError as e: raise AdamError(f"The table {path} cannot be read ({e.strerror}); check its name and permissions.") from None
     if not rows or not any(rows[0]): raise AdamError(f"{path} has no header in its first row; it must name the columns, among them 'path'.")
     header = rows[0]
@@ -41,7 +44,7 @@ def read_rows(path: str | os.PathLike) -> tuple[list[str], list[tuple[int, list[
         out.append((n, row[:len(header)]))
     return header, out
 
-# %% ../nbs/04h_tables.ipynb #59adbb4f
+# %% ../nbs/04h_tables.ipynb #67730b20
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 _UNKNOWN = ("", "nan", "na")
 
@@ -61,11 +64,11 @@ def _label_columns(header: list[str], rows: list, free: list[str], wanted: Seque
         values = [_number(row[at]) for _, row in rows]
         if wanted is None and not any(v is not None and v == v for v in values): continue      # words, or nothing at all
         if (bad := next((i for i, v in enumerate(values) if v is None), None)) is not None:
-            raise AdamError(f"{path}: row {rows[bad][0]} has '{rows[bad][1][at][:40]}' in the column '{name}', whose other fields are numbers; mend it, leave it empty if it is unknown, or name the label columns by the option labels.")
+            raise AdamError(f"{path}: row {rows[bad][0]} has '{rows[bad][1][at][:40]}' in the column '{name}', which also holds numbers; mend it, leave it empty if it is unknown, or name the label columns by the option labels.")
         out[name] = values
     return out
 
-# %% ../nbs/04h_tables.ipynb #6b97f3f1
+# %% ../nbs/04h_tables.ipynb #b3dbee35
 def _file(text: str, home: Path, where: str) -> tuple[str, tuple[int, int]]:
     "The absolute path that a field means, and the file's identity whatever its name. `AdamError` when there is no such file."
     for spelled in dict.fromkeys((text, text.replace("\\", "/"))):
@@ -81,7 +84,7 @@ def _table_path(root: str | os.PathLike, table: str | None) -> Path:
     if root.is_file() and root.suffix.lower() == ".csv": return root
     need_folder(root, "csv")
     if table is not None:
-        if not (root/table).is_file(): raise AdamError(f"There is no table {root/table}; give the name of a CSV file in {root}.")
+        if not isinstance(table, str) or not (root/table).is_file(): raise AdamError(f"There is no table {table} in {root}; give the name of a CSV file there.")
         return root/table
     found = sorted(p for p in root.iterdir() if p.suffix.lower() == ".csv" and p.is_file() and not p.name.startswith("."))
     if not found: raise AdamError(f"There is no CSV table in {root}; put one there with a header and a column 'path', or use the data set 'folder' for images without a table.")
@@ -110,7 +113,7 @@ def _dealt(patients: list[str], fractions: dict | None, seed: int) -> tuple[list
     fractions = {"train": .9, "val": .1} if fractions is None else fractions
     return split_by_patient(patients, fractions, seed), f"Whole patients were dealt to {', '.join(fractions)} with seed {seed}."
 
-# %% ../nbs/04h_tables.ipynb #8b9cfcf6
+# %% ../nbs/04h_tables.ipynb #dbc29580
 def _fields(header: list[str], path) -> tuple[list[str], dict[str, str]]:
     "The columns that may be labels, and {column: mask name} of those that are masks."
     masks = {c: c.removeprefix("mask_") for c in header if c == "mask" or c.startswith("mask_")}
@@ -130,7 +133,7 @@ def csv_table(
     "The images of a CSV table `path[,patient][,split][,mask...][,labels...]`; columns of words are in extra."
     if channels not in (None, 1, 3): raise AdamError(f"channels is {channels!r}, but must be 1, 3 or null.")
     if fractions is not None: check_fractions(fractions, ("train", "val", "test"))
-    if labels is not None and (isinstance(labels, str) or not all(isinstance(c, str) for c in labels)): raise AdamError(f"labels is {labels!r}, but must be a list of names of columns.")
+    if labels is not None and not (isinstance(labels, (list, tuple)) and all(isinstance(c, str) for c in labels)): raise AdamError(f"labels is {labels!r}, but must be a list of names of columns.")
     path = _table_path(root, table)
     header, rows = read_rows(path)
     if "path" not in header: raise AdamError(f"{path} has no column 'path', which names the images.{nearest('path', header)}")
@@ -156,6 +159,7 @@ def csv_table(
         dealt, note = _dealt([r.patient for r in records], fractions, seed)
         notes.append(note)
         for r, s in zip(records, dealt): r.split = s
+    elif (leaks := leak_check(records)): notes.append(f"Patients in two splits: {len(leaks)} ({', '.join(leaks[:3])}{' ...' if len(leaks) > 3 else ''}); a test on them would look too good.")
     if "patient" not in at: notes.append("There is no column 'patient': each image counts as a patient of its own.")
     return Records(records, label_names=list(values), mask_names=list(masks.values()), notes=notes)
 
@@ -164,7 +168,7 @@ def _in_colour(r: Record) -> Record:
     coloured.load_masks = r.load_masks
     return coloured
 
-# %% ../nbs/04h_tables.ipynb #7fe9918f
+# %% ../nbs/04h_tables.ipynb #538253f2
 class ArrayReader:
     "Reads single items of an array in an `.npz` archive; `AdamError` names the archive and the array. Holds no open file, so that processes may inherit it."
     BLOCK = 1 << 24        # bytes
@@ -187,10 +191,11 @@ class ArrayReader:
 
     def __len__(self): return self.shape[0]
     def __getitem__(self, i: int) -> np.ndarray:
+        if not 0 <= i < len(self): raise IndexError(f"{self.where} has {len(self)} items, but item {i} was asked for")
         first = self.head + i*self.item_bytes
         with self.lock: return np.frombuffer(self._bytes(first, first + self.item_bytes), self.dtype).reshape(self.shape[1:])
 
-# %% ../nbs/04h_tables.ipynb #17cd2c97
+# %% ../nbs/04h_tables.ipynb #74b7d897
 def _archive(path: str) -> zipfile.ZipFile:
     try: return zipfile.ZipFile(path)
     except Exception as e: raise AdamError(f"{path} is not a complete .npz archive ({e}); download it again.") from None
@@ -232,8 +237,9 @@ def _unpack(self, f, j: int) -> bytes:
         parts.append(part); left -= len(part); waiting = unpacker.unconsumed_tail
     data = b"".join(parts)
     if j == len(self.states) - 1:
-        self.crc = zlib.crc32(data, self.crc)
-        if (j + 1)*self.BLOCK >= self.length and self.crc != self.expected_crc: raise AdamError(f"{self.where} is damaged (its checksum is wrong); download the file again.")
+        crc = zlib.crc32(data, self.crc)
+        if (j + 1)*self.BLOCK >= self.length and crc != self.expected_crc: raise AdamError(f"{self.where} is damaged (its checksum is wrong); download the file again.")
+        self.crc = crc
         self.states.append((unpacker, f.tell() - len(waiting)))
     return data
 
@@ -250,7 +256,7 @@ def _bytes(self, first: int, stop: int) -> bytes:
 
 ArrayReader._block, ArrayReader._unpack, ArrayReader._bytes = _block, _unpack, _bytes
 
-# %% ../nbs/04h_tables.ipynb #90ece918
+# %% ../nbs/04h_tables.ipynb #d57ec5e0
 CLASS_NAMES = {"chestmnist": ("atelectasis", "cardiomegaly", "effusion", "infiltration", "mass", "nodule", "pneumonia", "pneumothorax", "consolidation", "edema", "emphysema", "fibrosis", "pleural", "hernia"),
                "pneumoniamnist": ("normal", "pneumonia"), "breastmnist": ("malignant", "normal_benign"),
                "retinamnist": ("no_retinopathy", "mild_npdr", "moderate_npdr", "severe_npdr", "pdr")}
@@ -259,7 +265,7 @@ def _read_labels(path: str, split: str) -> np.ndarray:
     "(n, k) whole numbers: k findings of 0 or 1, or k = 1 class number."
     reader = ArrayReader(path, f"{split}_labels")
     if reader.dtype.kind not in "biu" or len(reader.shape) not in (1, 2) or not 1 <= math.prod(reader.shape[1:]) <= 1000: raise AdamError(f"{reader.where} has shape {reader.shape} and type {reader.dtype}, but labels are whole numbers, (n, 1) or (n, findings); download the file again.")
-    labels = np.array([reader[i] for i in range(len(reader))], np.int64).reshape(len(reader), math.prod(reader.shape[1:]))
+    labels = np.frombuffer(reader._bytes(reader.head, reader.length), reader.dtype).astype(np.int64).reshape(len(reader), math.prod(reader.shape[1:]))
     if labels.size and (labels.min() < 0 or labels.max() > (1 if labels.shape[1] > 1 else 999)): raise AdamError(f"{reader.where} has values from {labels.min()} to {labels.max()}; findings are 0 or 1, classes count from 0.")
     return labels
 
@@ -267,28 +273,30 @@ def _names_of_classes(labels: dict[str, np.ndarray], given: Sequence[str] | None
     "A name for each finding or class."
     width = {v.shape[1] for v in labels.values()}
     if len(width) > 1: raise AdamError(f"{path} has labels of different widths in its splits; download the file again.")
-    n = width.pop()
-    n = n if n > 1 else 1 + max(int(v.max(initial=0)) for v in labels.values())
+    findings = width.pop()
+    n = findings if findings > 1 else 1 + max(int(v.max(initial=0)) for v in labels.values())
+    if given is not None and not (isinstance(given, (list, tuple)) and all(isinstance(k, str) for k in given) and len({*given}) == len(given)): raise AdamError(f"class_names is {given!r}, but must be a list of different names.")
     names = list(given or CLASS_NAMES.get(re.sub(r"_[0-9]+$", "", stem.lower()), ()))
-    if given is not None and (len(set(names)) != len(names) or not all(isinstance(k, str) for k in names)): raise AdamError(f"class_names is {given!r}, but must be a list of different names.")
-    if names and len(names) < n: raise AdamError(f"{path} has {n} classes, but there are {len(names)} names: {', '.join(names)}; give all of them as class_names.")
+    if names and (len(names) < n or len(names) > n == findings > 1): raise AdamError(f"{path} has {n} {'findings' if findings > 1 else 'classes'}, but there are {len(names)} names: {', '.join(names)}; give all of them as class_names.")
     return names or [f"class_{i}" for i in range(n)]
 
 def _labels_of(row: np.ndarray, names: list[str]) -> dict[str, float]:
     if len(row) > 1: return {k: float(v) for k, v in zip(names, row)}
     return {k: float(i == row[0]) for i, k in enumerate(names) if i or len(names) != 2}
 
-# %% ../nbs/04h_tables.ipynb #ad02bbaf
+# %% ../nbs/04h_tables.ipynb #1bb4007a
 _PARTS = ("train", "val", "test")
 
 @lru_cache(maxsize=6)
 def _reader(path: str, name: str, date: int) -> ArrayReader: return ArrayReader(path, name)
 
-def _array_image(path: str, name: str, i: int) -> np.ndarray:
-    "Item `i` as float32 in [0, 1]."
+def _array_image(path: str, name: str, i: int, crc: int) -> np.ndarray:
+    "Item `i` as float32 in [0, 1]; `AdamError` when the array is no longer the one of checksum `crc`, whose labels the record holds."
     try: date = os.stat(path).st_mtime_ns
     except OSError: raise AdamError(f"There is no archive {path}; put it back, or open the data set again.") from None
-    return _reader(path, name, date)[i].astype(np.float32)/255
+    reader = _reader(path, name, date)
+    if reader.expected_crc != crc: raise AdamError(f"{reader.where} is another one than when the data set was opened; open the data set again.")
+    return reader[i].astype(np.float32)/255
 
 def _npz_path(root: Path, stem: str | None) -> Path:
     "The archive of the set `stem` in a folder; with None the only one."
@@ -299,8 +307,8 @@ def _npz_path(root: Path, stem: str | None) -> Path:
     if not isinstance(stem, str) or stem not in found: raise AdamError(f"There is no {stem}.npz in {root}.{nearest(str(stem), found)}")
     return found[stem]
 
-# %% ../nbs/04h_tables.ipynb #6e1fa552
-@register("medmnist", "medmnist", source="https://medmnist.com (files: https://zenodo.org/records/10519652)", size="one .npz file a set, from 0.5 MB (28 pixels) to several GB (224 pixels)",
+# %% ../nbs/04h_tables.ipynb #e33b637a
+@register("medmnist", "medmnist", source="https://medmnist.com (files: https://zenodo.org/records/10519652)", size="one .npz file a set, from 0.5 MB (28 pixels) to more than 10 GB (224 pixels)",
           terms="CC BY 4.0 (DermaMNIST: CC BY-NC 4.0); cite Yang et al. (2023) and the set's own source", layout="pneumoniamnist.npz, chestmnist_224.npz ...")
 def medmnist(
     root,
@@ -324,6 +332,6 @@ def medmnist(
         if len(labels[s]) != len(reader): raise AdamError(f"{path} has {len(reader)} images but {len(labels[s])} labels in '{s}'; download the file again.")
         for i, row in enumerate(labels[s]):
             records.append(Record(f"{path}/{s}-{reader.expected_crc:08x}/{i:05d}", f"{s}{i:05d}", s, reader.shape[1:3], _labels_of(row, names), channels=3 if len(reader.shape) == 4 else 1,
-                                  extra={"class": int(row[0])} if len(row) == 1 else {}, load_image=partial(_array_image, path, f"{s}_images", i)))
+                                  extra={"class": int(row[0])} if len(row) == 1 else {}, load_image=partial(_array_image, path, f"{s}_images", i, reader.expected_crc)))
     return Records(records, label_names=list(_labels_of(labels["train"][0] if len(labels["train"]) else np.zeros(len(names)), names)),
                    notes=["The splits are the publisher's.", "MedMNIST names no patients: each image counts as a patient of its own, and two images of one patient would not be noticed."])

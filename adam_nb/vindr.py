@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['VINDR_LOCAL', 'VINDR_GLOBAL', 'VINDR_SIX', 'VINDR_KAGGLE', 'READERS', 'RIBS', 'vindr_cxr', 'vindr_ribcxr']
 
-# %% ../nbs/04e_vindr.ipynb #a4d8d81d
+# %% ../nbs/04e_vindr.ipynb #4afe51bc
 import os
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
-from .annotations import Files, check_choice, check_share, deal, deal_val, polygon_loader, read_annotations, read_box, read_polygon
+from .annotations import Files, check_choice, check_share, deal, deal_val, is_dicom, polygon_loader, read_annotations, read_box, read_polygon
 from .config import AdamError, nearest
 from .layouts import LazyMasks, check_fractions, file_record, read_table, register
 from .records import Record, Records
@@ -36,29 +36,33 @@ def _agree(votes: Sequence[Sequence[int]], rule: str) -> np.ndarray:
     if rule == "majority": return (2*yes > n).astype(float)
     return np.where(yes == n, 1., np.where(yes == 0, 0., np.nan))
 
-# %% ../nbs/04e_vindr.ipynb #e0480b17
+# %% ../nbs/04e_vindr.ipynb #2ffaf8e9
 _BITS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 
 def _label_table(path: str, readers: bool) -> dict[str, dict[str, list[int]]]:
     "image -> reader -> 28 votes, local before global, from image_labels_train.csv or (one reader, named consensus) image_labels_test.csv."
-    def columns(other): return ["image_id", *(["rad_id"] if readers else []), *VINDR_LOCAL, *VINDR_GLOBAL[:-2], other, VINDR_GLOBAL[-1]]
-    try: table = read_table(path, columns("Other diseases"))
-    except AdamError: table = read_table(path, columns("Other disease"))
-    out: dict[str, dict[str, list[int]]] = {}
+    def read(other): return read_table(path, ["image_id", *(["rad_id"] if readers else []), *VINDR_LOCAL, *VINDR_GLOBAL[:-2], other, VINDR_GLOBAL[-1]])
+    try: table = read("Other diseases")
+    except AdamError as e:
+        if "no column 'Other diseases'" not in str(e): raise
+        table = read("Other disease")
+    names, out = list(table)[1 + readers:], {}
     for n, row in enumerate(zip(*table.values()), 2):
         image, reader, values = row[0], row[1] if readers else "consensus", row[1 + readers:]
-        if (bad := next((k for k, v in zip(list(table)[1 + readers:], values) if v not in _BITS), None)) is not None: raise AdamError(f"{path}: row {n} ({image}) has the value '{values[list(table)[1 + readers:].index(bad)]}' for '{bad}', but labels are 0 or 1; mend the row or download the table again.")
-        votes = [_BITS[v] for v in values]
+        votes = [_BITS.get(v) for v in values]
+        if None in votes: raise AdamError(f"{path}: row {n} ({image}) has the value '{values[votes.index(None)]}' for '{names[votes.index(None)]}', but labels are 0 or 1; mend the row or download the table again.")
+        if not image or not reader: raise AdamError(f"{path}: row {n} has no {'rad_id' if image else 'image_id'}; mend the row or download the table again.")
         if out.setdefault(image, {}).setdefault(reader, votes) != votes: raise AdamError(f"{path}: row {n} differs from an earlier row of {image}{f' by {reader}' if readers else ''}; mend the table or download it again.")
     return out
 
-# %% ../nbs/04e_vindr.ipynb #68d18c1a
-def _box_table(path: str) -> tuple[dict[str, list[tuple[str, tuple]]], dict[str, dict[str, set[str]]]]:
-    "image -> [(finding, box)], and image -> reader -> what he named ('No finding' too), from annotations_*.csv or Kaggle's train.csv."
-    columns = ["image_id", "rad_id", "class_name", "x_min", "y_min", "x_max", "y_max"]
+# %% ../nbs/04e_vindr.ipynb #d6c4ae37
+def _box_table(path: str, readers: bool) -> tuple[dict[str, list[tuple[str, tuple]]], dict[str, dict[str, set[str]]]]:
+    "image -> [(finding, box)], and image -> reader -> what the reader named ('No finding' too), from annotations_train.csv, Kaggle's train.csv, or (one reader, named consensus) annotations_test.csv."
+    columns = ["image_id", "class_name", "x_min", "y_min", "x_max", "y_max", *(["rad_id"] if readers else [])]
     boxes: dict[str, list] = {}
     named: dict[str, dict[str, set[str]]] = {}
-    for n, (image, reader, finding, *corners) in enumerate(zip(*read_table(path, columns).values()), 2):
+    for n, (image, finding, *corners) in enumerate(zip(*read_table(path, columns).values()), 2):
+        reader = corners.pop() if readers else "consensus"
         if finding not in VINDR_LOCAL and finding != "No finding": raise AdamError(f"{path}: row {n} ({image}) has the unknown finding '{finding}'.{nearest(finding, [*VINDR_LOCAL, 'No finding'])} Mend the row or download the table again.")
         said = named.setdefault(image, {}).setdefault(reader, set())
         said.add(finding)
@@ -66,13 +70,13 @@ def _box_table(path: str) -> tuple[dict[str, list[tuple[str, tuple]]], dict[str,
         if finding != "No finding": boxes.setdefault(image, []).append((finding, read_box(corners, f"{path}: row {n} ({image})")))
     return boxes, named
 
-# %% ../nbs/04e_vindr.ipynb #6aac0137
+# %% ../nbs/04e_vindr.ipynb #bece4933
 def _add_boxes(records: list[Record], agreed: dict[str, dict[str, float]], boxes: dict[str, list[tuple[str, tuple]]]) -> list[str]:
     "Give the records those of their `boxes` whose label is 1; returns notes."
     resaved = 0
     for r in records:
         mine = [(f, b) for f, b in boxes.get(r.patient, ()) if agreed[r.patient].get(f) == 1]
-        if not r.path.lower().endswith((".dicom", ".dcm")): resaved += bool(mine); continue
+        if not is_dicom(r.path): resaved += bool(mine); continue
         for finding, box in mine: r.boxes.setdefault(finding, []).append(box)
     return [f"{resaved} films are no DICOM files and get no boxes: their size may have changed."] if resaved else []
 
@@ -83,13 +87,13 @@ def _tables(files: Files) -> tuple[dict[str, dict[str, dict]], tuple[str, ...], 
         votes = {s: _label_table(p, s == "train") for s, p in label_tables.items() if p}
         twice = next(iter(set(votes.get("train", ())) & set(votes.get("test", ()))), None)
         if twice is not None: raise AdamError(f"{label_tables['test']} names {twice}, which {label_tables['train']} names too; download the tables again.")
-        boxes = {image: b for s in votes if (path := files.table(f"annotations_{s}.csv")) for image, b in _box_table(path)[0].items()}
+        boxes = {image: b for s in votes if (path := files.table(f"annotations_{s}.csv")) for image, b in _box_table(path, s == "train")[0].items()}
         return votes, (*VINDR_LOCAL, *VINDR_GLOBAL), boxes, " or ".join(filter(None, label_tables.values()))
     kaggle = files.need_table("image_labels_train.csv", "image_labels_test.csv", "train.csv")
-    boxes, named = _box_table(kaggle)
+    boxes, named = _box_table(kaggle, True)
     return {"train": {image: {reader: [int(f in said) for f in VINDR_KAGGLE] for reader, said in readers.items()} for image, readers in named.items()}}, VINDR_KAGGLE, boxes, kaggle
 
-# %% ../nbs/04e_vindr.ipynb #4d863a6f
+# %% ../nbs/04e_vindr.ipynb #278d754a
 _LABELS = {"all": None, "local": VINDR_LOCAL, "six": VINDR_SIX}
 
 @register("vindr_cxr", "VinDr-CXR", source="PhysioNet, https://physionet.org/content/vindr-cxr/1.0.0/", terms="credentialed access: a training, a signed data use agreement, no redistribution",
@@ -102,7 +106,7 @@ def vindr_cxr(
     fractions: dict | None = None,   # only where there is no test table: shares of the splits; default train 0.7, val 0.1, test 0.2
     seed: int = 0,                   # of whatever is dealt
 ) -> Records:
-    "VinDr-CXR, whole or in part: labels (0, 1; NaN where readers must agree and do not), boxes of the local ones on DICOM files; extra: readers (how many read the film)."
+    "VinDr-CXR, whole or in part: labels (0, 1; NaN where readers must agree and do not), boxes of the local ones on DICOM files; extra: readers (the film's rows in the table: three, or one that is a consensus)."
     check_choice(labels, "labels", tuple(_LABELS)); check_choice(readers, "readers", READERS); check_share(val_fraction)
     fractions = {"train": .7, "val": .1, "test": .2} if fractions is None else fractions
     check_fractions(fractions, ("train", "val", "test"))
@@ -110,22 +114,21 @@ def vindr_cxr(
     votes, names, boxes, tables = _tables(files)
     wanted = _LABELS[labels] or names
     if (lack := [n for n in wanted if n not in names]): raise AdamError(f"labels={labels} needs {', '.join(lack[:3])}{' …' if len(lack) > 3 else ''}, which {tables} does not tell; put PhysioNet's image_labels_train.csv and image_labels_test.csv below {files.root}, or use labels=all.")
-    found, copies = files.by_stem("([0-9a-f]{32})")
+    found, copies = files.by_name(r"([0-9a-f]{32})\.\w+")
     agreed = {image: dict(zip(names, _agree(list(rows.values()), readers).tolist())) for images in votes.values() for image, rows in images.items() if image in found}
     records = [file_record(found[image], image, split=split, labels={k: agreed[image][k] for k in wanted}, extra={"readers": len(rows)})
                for split, images in votes.items() for image, rows in images.items() if image in found]
     files.need_some(records, sum(map(len, votes.values())), tables)
-    notes = ["There are no patient identifiers: each film counts as a patient."]
+    notes = ["There are no patient identifiers: each film counts as a patient.", *copies]
     if "test" in votes: notes += ["The splits are the publisher's tables.", *deal_val(records, val_fraction, seed)]
     else: notes += ["There is no image_labels_test.csv, so nothing is known of the publisher's test films.", *deal(records, fractions, seed)]
     notes += _add_boxes(records, agreed, boxes)
     odd = Counter(r.extra["readers"] for r in records if r.extra["readers"] != (1 if r.split == "test" and "test" in votes else 3))
     if odd: notes.append(f"{sum(odd.values())} train films were not read by three readers, but by {', '.join(map(str, sorted(odd)))}: the table is not whole.")
-    if copies: notes.append(f"{copies} films lie below {files.root} more than once; the DICOM file, then the path nearest to the root, is used.")
     named = set().union(*votes.values())
     return Records(records, label_names=wanted, notes=notes, missing=sorted(named - found.keys()), unused=sorted(found[i] for i in found.keys() - named))
 
-# %% ../nbs/04e_vindr.ipynb #cbba58f7
+# %% ../nbs/04e_vindr.ipynb #cf0f1095
 RIBS = tuple(f"rib_{side}{n}" for side in "rl" for n in range(1, 11))
 
 def _rib_table(path: str) -> dict[str, dict[str, np.ndarray]]:
@@ -150,7 +153,13 @@ def _mirrored(ribs: dict[str, np.ndarray]) -> bool:
     middles = [[np.mean(p[:, 0]) for r, p in ribs.items() if r[4] == side] for side in "rl"]
     return all(middles) and np.mean(middles[0]) > np.mean(middles[1])
 
-# %% ../nbs/04e_vindr.ipynb #737b8bbd
+def _check_size(record: Record, ribs: dict[str, np.ndarray]):
+    "`AdamError` when most of the points lie outside the film."
+    try: height, width = record.size
+    except AdamError: return                            # a film that cannot be read is named when it is opened, and by `check`
+    if ribs and (np.vstack([*ribs.values()]) > [width, height]).any(1).mean() > .5: raise AdamError(f"{record.path} has {height} x {width} pixels, but most points of its ribs lie outside: it is a smaller copy; use the publisher's film.")
+
+# %% ../nbs/04e_vindr.ipynb #e059b276
 @register("vindr_ribcxr", "VinDr-RibCXR", source="VinBigData, https://vindr.ai/datasets/ribcxr", terms="data use agreement of VinBigData: research only, no redistribution", size="245 PNG films of up to 3215 x 2886 pixels, some 1 GB",
           layout="data/train/img/*.png, data/train/Vindr_RibCXR_train_mask.json, data/val/img/*.png, data/val/Vindr_RibCXR_val_mask.json")
 def vindr_ribcxr(
@@ -165,13 +174,14 @@ def vindr_ribcxr(
     if not any(paths.values()): files.need_table("Vindr_RibCXR_train_mask.json", "Vindr_RibCXR_val_mask.json")
     tables = {split: _rib_table(p) for split, p in paths.items() if p}
     if (twice := set(tables.get("train", ())) & set(tables.get("test", ()))): raise AdamError(f"{paths['test']} names {min(twice)}, which {paths['train']} names too; download the files again.")
-    found: dict[str, str] = {}
-    for p in files.images: found.setdefault(os.path.basename(p), p)
+    found, copies = files.by_name()
     records = [file_record(found[name], os.path.splitext(name)[0], split=split) for split, table in tables.items() for name in table if name in found]
     ribs = {found[name]: outlines for table in tables.values() for name, outlines in table.items() if name in found}
-    for r in records: r.load_masks = LazyMasks({rib: polygon_loader(r.path, [points]) for rib, points in ribs[r.path].items()})
+    for r in records:
+        _check_size(r, ribs[r.path])
+        r.load_masks = LazyMasks({rib: polygon_loader(r.path, [points]) for rib, points in ribs[r.path].items()})
     files.need_some(records, sum(map(len, tables.values())), " and ".join(filter(None, paths.values())))
-    notes = ["There are no patient identifiers: each film counts as a patient.", "The publisher's val part is test: the published results were measured on it.", *deal_val(records, val_fraction, seed)]
+    notes = ["There are no patient identifiers: each film counts as a patient.", "The publisher's val part is test: the published results were measured on it.", *copies, *deal_val(records, val_fraction, seed)]
     notes += [f"There is no Vindr_RibCXR_{part}_mask.json: its films are not used." for split, part in (("train", "train"), ("test", "val")) if paths[split] is None]
     if (few := sum(len(o) < len(RIBS) for o in ribs.values())): notes.append(f"{few} films lack some of the twenty ribs.")
     if (mirrored := sum(map(_mirrored, ribs.values()))): notes.append(f"On {mirrored} films the right ribs lie image-right: the films are mirrored, or the names are swapped.")

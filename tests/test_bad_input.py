@@ -45,6 +45,50 @@ def test_broken_image_is_named(film, content):
     broken.write_bytes(film.read_bytes()[:700] if content is None else content)
     refused(command("check", "folder", film.parent, "--full"), "broken.png")
 
+@pytest.mark.parametrize("name", ["films.zip", "films.tar.gz", "train.zip.001"])
+def test_archive_instead_of_a_folder(tmp_path, name):
+    (tmp_path/name).write_bytes(b"PK")
+    refused(command("check", "shenzhen", tmp_path/name), name, "is an archive", "unpack it")
+
+def test_a_folder_that_was_not_unpacked(tmp_path):
+    (tmp_path/"images_001.tar.gz").write_bytes(b"")
+    refused(command("check", "chestxray14", tmp_path), "images_001.tar.gz", "unpack")
+
+def test_absent_data_sets_say_where_to_get_them(tmp_path, capsys):
+    "Source, terms, size and layout of each published data set; exit code 1; the JSON says the same."
+    import json
+    from adam_nb.data import LAYOUTS
+    from adam_nb.pipeline import main
+    published = [layout for layout in LAYOUTS.values() if layout.folder]
+    assert len(published) >= 10
+    for layout in published:
+        assert main(["check", layout.name, str(tmp_path/"none"), "--json", str(tmp_path/"report.json")]) == 1
+        said = capsys.readouterr().out
+        for text in (layout.source, layout.terms, layout.size, layout.layout, layout.folder): assert text and text in said, (layout.name, text)
+        report = json.loads((tmp_path/"report.json").read_text())
+        assert not report["usable"] and report["how_to_get"]["source"] == layout.source
+
+def test_json_that_cannot_be_written(film, tmp_path):
+    refused(command("check", "folder", film.parent, "--json", film), "a.png exists and is no JSON file", "--json")
+    refused(command("check", "folder", film.parent, "--json", film/"r.json"), "cannot be written", "--json")
+
+def test_a_damaged_cache_is_named(film, tmp_path):
+    from adam_nb.cache import prepare
+    from adam_nb.data import dataset
+    prepare(dataset("folder", film.parent), tmp_path/"cache", 64, progress=False)
+    assert command("check", "--cache", tmp_path/"cache", "--verify", "--json", tmp_path/"r.json").returncode == 0
+    with open(tmp_path/"cache/pixels.bin", "r+b") as f: f.seek(99); f.write(b"\0\xff")
+    refused(command("check", "--cache", tmp_path/"cache", "--verify", "--json", tmp_path/"r.json"), "DAMAGED", "a.png")
+
+def test_bad_images_can_be_left_out(film, tmp_path):
+    "`on_bad: skip` in a run's parameters: the run goes on, says how many and which, and the manifest lists them."
+    import json
+    for i in range(24): film.with_name(f"f{i}.png").write_bytes(film.read_bytes())
+    film.with_name("broken.png").write_bytes(b"")
+    done = command(ROOT/"params/smoke/pretrain.yaml", "--out", tmp_path/"out", "data=folder", f"data_root={film.parent}", "data_options={}", "on_bad=skip", "steps=1", module="adam_nb.trainer")
+    assert done.returncode == 0 and "1 of 26 images are left out" in done.stderr and "broken.png" in done.stderr, done.stderr
+    assert [Path(s["path"]).name for s in json.loads((tmp_path/"cache/manifest.json").read_text())["skipped"]] == ["broken.png"]
+
 def test_broken_image_stops_pretraining_by_name(film, tmp_path):
     film.with_name("broken.png").write_bytes(b"")
     refused(command(ROOT/"params/smoke/pretrain.yaml", "--out", tmp_path/"out", "data=folder", f"data_root={film.parent}", "data_options={}", module="adam_nb.trainer"), "broken.png")

@@ -1,8 +1,10 @@
 """DICOM files with true encodings, made here, against the known numbers: each compression, polarity, window, table, colour and padding on a film without symmetry; and errors that keep secrets."""
 import io
 import logging
+import threading
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pydicom
@@ -95,7 +97,7 @@ EXACT = {
     "jpeg-ls": lambda p, ds: by_pydicom(p, ds, uid.JPEGLSLossless),
     "jpeg 2000 lossless": lambda p, ds: by_pydicom(p, ds, uid.JPEG2000Lossless, encoding_plugin="pylibjpeg"),
     "jpeg 2000 by gdcm": lambda p, ds: by_gdcm(p, ds, "JPEG2000Lossless"),
-    "rle": lambda p, ds: by_pydicom(p, ds, uid.RLELossless),
+    "rle": lambda p, ds: by_pydicom(p, ds, uid.RLELossless, encoding_plugin="pydicom"),      # GDCM's encoder aborts the process on some small films
 }
 SYNTAX = {"jpeg lossless": "1.2.840.10008.1.2.4.57", "jpeg lossless sv1": "1.2.840.10008.1.2.4.70", "jpeg-ls": "1.2.840.10008.1.2.4.80", "jpeg 2000 lossless": "1.2.840.10008.1.2.4.90",
           "jpeg 2000 by gdcm": "1.2.840.10008.1.2.4.90", "rle": "1.2.840.10008.1.2.5"}
@@ -166,8 +168,10 @@ ADOBE = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00"
     (marked(in_jpeg(COLOUR, subsampling=0), b""), "YBR_FULL_422"),                      # no marker: the header decides
     (marked(in_jpeg(COLOUR, subsampling=0), ADOBE + b"\x01"), "YBR_FULL_422"),          # Adobe, YCbCr
     (in_jpeg(COLOUR, keep_rgb=True), "RGB"),                                            # Adobe, RGB
+    (marked(in_jpeg(COLOUR, keep_rgb=True), b""), "RGB"),                               # no marker, but components named R, G, B
+    (marked(in_jpeg(COLOUR, keep_rgb=True), b""), "YBR_FULL_422"),                      # which know better than the header
     (in_jpeg(COLOUR, subsampling=2), "YBR_FULL_422"),                                   # half the colour resolution
-], ids=["jfif", "jfif against header", "bare", "adobe ycc", "adobe rgb", "subsampled"])
+], ids=["jfif", "jfif against header", "bare", "adobe ycc", "adobe rgb", "named", "named against header", "subsampled"])
 def test_colour_jpeg(tmp_path, frame, photometric):
     path = jpeg_film(tmp_path/"eye.dcm", frame, COLOUR, photometric)
     assert abs(open_colour(path) - COLOUR/255).max() < 12/255
@@ -322,6 +326,11 @@ def refused(path, *words):
     return str(e.value)
 
 
+def shortened(sequence):
+    sequence[0].LUTData = sequence[0].LUTData[:-2]
+    return sequence
+
+
 @pytest.mark.parametrize("tags, words", [
     (dict(NumberOfFrames=3), "several frames"),
     (dict(Rows=30_000, Columns=30_000), "claims 30000 × 30000"),
@@ -333,6 +342,13 @@ def refused(path, *words):
     (dict(PixelData=b""), "without pixels"),
     (dict(VOILUTSequence=lut([], 8)), "look-up table"),
     (dict(VOILUTSequence=lut([1, 2], 17)), "look-up table"),
+    (dict(VOILUTSequence=shortened(lut(range(4096), 12))), "fewer entries than it states"),
+    (dict(ModalityLUTSequence=shortened(lut(range(4096), 12))), "fewer entries than it states"),
+    (dict(WindowCenter=0, WindowWidth="1e-300", VOILUTFunction="LINEAR_EXACT"), "too far apart"),
+    (dict(WindowCenter=0, WindowWidth="1e300"), "too far apart"),
+    (dict(WindowCenter=0, WindowWidth=10, RescaleSlope="1e300"), "too far apart"),
+    (dict(WindowCenter=0, WindowWidth=10, RescaleSlope="1e-300"), "too far apart"),
+    (dict(RescaleSlope="1e308", RescaleIntercept="1e308"), "too far apart"),
 ])
 def test_bad_headers(tmp_path, tags, words): refused(saved(tmp_path/"bad.dcm", dataset(FILM, 12, **tags)), words)
 
@@ -447,6 +463,25 @@ def test_no_value_of_an_element_leaves(tmp_path, keyword, caplog, capfd):
     out = "\n".join([*said, *(str(w.message) for w in warned), caplog.text, *capfd.readouterr()])
     assert "planted" not in out.lower(), out
     assert len(said) >= 20
+
+
+def test_threads_keep_quiet_too(tmp_path, monkeypatch, caplog):
+    "One thread has read its film and leaves while another still reads: what the other's decoder says stays unheard, and later warnings are heard."
+    path, within, done, real = saved(tmp_path/"film.dcm", dataset(FILM, 12)), threading.Event(), threading.Event(), room._see
+    def see(*args):
+        if threading.current_thread() is not threading.main_thread(): within.set(); done.wait(9)
+        else: done.set(); early.result(9)
+        warnings.warn(SECRET); logging.getLogger("pydicom.pixels").error(SECRET)
+        return real(*args)
+    monkeypatch.setattr(room, "_see", see)
+    with warnings.catch_warnings(record=True) as said, ThreadPoolExecutor(1) as pool:
+        warnings.simplefilter("always")
+        early = pool.submit(open_image, path)
+        assert within.wait(9)
+        open_image(path)
+        assert said == [] and not caplog.text
+        warnings.warn("heard again"); logging.getLogger("pydicom").error("logged again")
+        assert [str(w.message) for w in said] == ["heard again"] and "logged again" in caplog.text
 
 
 # properties -------------------------------------------------------------------------------------------------------

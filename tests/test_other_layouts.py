@@ -83,7 +83,8 @@ def test_chestxray14_as_published(tmp_path, layout):
 def test_chestxray14_without_lists_is_dealt(tmp_path):
     write_nih(tmp_path, lists=False)
     for seed in range(4): assert leak_check(chestxray14(tmp_path, seed=seed)) == []
-    assert [r.split for r in chestxray14(tmp_path, seed=1)] == [r.split for r in chestxray14(tmp_path, seed=1)]
+    dealt = [tuple(r.split for r in chestxray14(tmp_path, seed=seed)) for seed in (1, 1, 2, 3)]
+    assert dealt[0] == dealt[1] and len(set(dealt)) > 1
 
 
 @quick
@@ -167,6 +168,17 @@ def test_scr_raw_goes_before_its_copy_and_other_byte_order_is_refused(tmp_path):
     assert len(scr(tmp_path)) == 1 and scr(tmp_path)[0].path.endswith(".IMG")
     density(0).astype("<u2").tofile(tmp_path/"All247images/JPCLN001.IMG")
     with pytest.raises(AdamError, match="byte order"): scr(tmp_path)[0].image()
+
+
+def test_scr_takes_no_mask_for_a_film_and_no_copy_at_random(tmp_path):
+    write_scr(tmp_path, raw=lambda n: False, ids=("JPCLN001",), step=16)
+    stray = [put(tmp_path/folder/"JPCLN001.png", np.zeros((64, 64), np.uint8)) for folder in ("lung_masks", "All masks/ribs")] + [put(tmp_path/"aorta/JPCLN001.gif", np.zeros((64, 64), np.uint8))]
+    records = scr(tmp_path)
+    assert len(records) == 1 and Path(records[0].path) == tmp_path/"images/JPCLN001.IMG.png" and set(map(Path, records.unused)) == set(stray)
+    for second, what in ((tmp_path/"a small copy/JPCLN001.png", "the film JPCLN001"), (tmp_path/"again/left lung/JPCLN001.gif", "the mask 'left_lung' of JPCLN001")):
+        put(second, np.zeros((64, 64), np.uint8))
+        with pytest.raises(AdamError, match=f"are both {what}; remove one"): scr(tmp_path)
+        second.unlink()
 
 
 @quick
@@ -267,6 +279,15 @@ def test_any_table_of_grades(tmp_path, rows):
     assert len(out) == len(rows) and all(out[a][0] == float(b) for a, b in rows)              # a doubled name was refused
 
 
+def test_two_eyes_of_a_patient_in_two_folders_are_refused(tmp_path):
+    "The table names one eye only; the other lies in the folder of the other part."
+    write_eyes(tmp_path, solution=False)
+    put_text(tmp_path/"trainLabels.csv", (tmp_path/"trainLabels.csv").read_text().replace("12_right,0\n", ""))
+    assert Counter(r.split for r in eyepacs(tmp_path, val_fraction=0)) == {"train": 20, "test": 2}
+    (tmp_path/"train/12_right.jpeg").rename(tmp_path/"test/12_right.jpeg")
+    with pytest.raises(AdamError, match="12_right.jpeg is in the test part, but patient 12 is in the training part"): eyepacs(tmp_path)
+
+
 @pytest.mark.parametrize("rows, words", [("10_left,0\n10_left,0\n", ["row 3", "10_left", "second time"]), ("10_left,7\n", ["row 2", "'7'"]), ("left_10,1\n", ["row 2", "left_10"])])
 def test_a_broken_table_of_grades_names_the_row(tmp_path, rows, words):
     put_text(tmp_path/"trainLabels.csv", "image,level\n" + rows)
@@ -334,9 +355,10 @@ def test_any_bytes_as_a_table(films, data):
     ("path,a,a\nf,1,1\n", ["two columns 'a'"]),
     ("path,a\na b/film é 0.png,1\nlink.png,0\n", ["row 3", "as row 2 does"]),
     ("path;a\nf;1\n", ["semicolons"]),
+    ("path,a,note\na b/film é 0.png,1,\na b/film é 1.png,0,\"old\na b/film é 2.png,1,\n", ["row 3", "quotation mark"]),
     ("path,a\na b/film é 0.png,1\na b/film é 1.png,yes\n", ["row 3", "'yes'", "'a'"]),
     ("path,split\na b/film é 0.png,tset\n", ["row 2", "Did you mean 'test'"]),
-], ids=["missing column", "doubled", "doubled otherwise spelled", "a link to another row's image", "missing file", "doubled column", "semicolons", "a word among numbers", "split"])
+], ids=["missing column", "doubled", "doubled otherwise spelled", "a link to another row's image", "missing file", "doubled column", "semicolons", "a quotation mark not closed", "a word among numbers", "split"])
 def test_a_broken_table_names_the_row(films, text, words):
     put_text(films/"t.csv", text)
     with pytest.raises(AdamError) as e: csv_table(films/"t.csv")
@@ -465,7 +487,7 @@ def test_a_folder_with_spaces_accents_and_a_loop(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_the_seed_decides_and_the_place_does_not(tmp_path, name):
+def test_the_place_of_a_folder_changes_nothing(tmp_path, name):
     for place in ("a", "b"): (tmp_path/place).mkdir(); BUILDERS[name](tmp_path/place)
     a, b = (LAYOUTS[name].build(tmp_path/place) for place in ("a", "b"))
     assert [r.split for r in a] == [r.split for r in b]
