@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['names', 'dataset', 'map_processes', 'picture_digest', 'check', 'format_check']
 
-# %% ../nbs/05_data.ipynb #4f0b525c
-import contextlib, gc, hashlib, multiprocessing, multiprocessing.connection, os, signal, sys, threading, time
-from collections import Counter, defaultdict
+# %% ../nbs/05_data.ipynb #ba801c71
+import contextlib, gc, hashlib, multiprocessing, multiprocessing.connection, os, queue, signal, sys, threading, time
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 
@@ -125,20 +126,31 @@ def _phantom_fundus(root=None, n: int = 200, size: int = 256, seed: int = 0) -> 
     "Generated colour fundus photographs with masks."
     return _phantom_records("fundus", n, size, seed)
 
-# %% ../nbs/05_data.ipynb #a780b65e
+# %% ../nbs/05_data.ipynb #c7675266
 def _end_with(parent: int):
     "A worker whose parent was killed would wait for work for ever."
     while os.getppid() == parent: time.sleep(1)
     os._exit(1)
 
+def _send_all(pipe, answers):
+    "A worker's thread: sends what is ready, while the next image is being decoded."
+    try:
+        while (data := answers.get()) is not None: pipe.send_bytes(data)
+    except OSError: os._exit(0)                          # nobody listens any more
+
 def _serve(pipe, function, items, parent: int):
     "A worker: answers a range of places with (True, result) or (False, error) for each, until it is told to stop."
     signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C ends the parent, which ends the workers
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    answers = queue.Queue(2)
+    sender = threading.Thread(target=_send_all, args=(pipe, answers), daemon=True)
+    sender.start()
     def answer(place):
         try: return True, function(items[place])
         except Exception as e: return False, e
-    while (places := pipe.recv()) is not None: pipe.send([answer(i) for i in places])
+    while (places := pipe.recv()) is not None: answers.put(ForkingPickler.dumps([answer(i) for i in places]))
+    answers.put(None)
+    sender.join()
 
 def _told(call, *args):
     try: return call(*args)
@@ -148,19 +160,19 @@ def _told(call, *args):
 def _pool_map(function, items, workers, chunk):
     "One pipe a worker and no thread in this process: an executor's helper threads and fork do not go together."
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pipes, processes, busy, done = [], [], {}, {}
+    pipes, processes, busy, done = [], [], {}, {}            # busy: what each worker has been given and not answered, the oldest first
     chunks = [range(i, min(i + chunk, len(items))) for i in range(0, len(items), chunk)]
     wanted = sent = 0
     try:
         for _ in range(workers):
             pipe, theirs = context.Pipe()
             processes.append(context.Process(target=_serve, args=(theirs, function, items, os.getpid()), daemon=True))
-            processes[-1].start(); theirs.close(); pipes.append(pipe)
+            processes[-1].start(); theirs.close(); pipes.append(pipe); busy[pipe] = deque()
         while True:
-            for pipe in [p for p in pipes if p not in busy]:
+            for pipe in [p for n in (0, 1) for p in pipes if len(busy[p]) == n]:  # a second piece of work lies ready: nobody waits for this process
                 if sent == len(chunks) or sent - wanted >= 4*workers: break       # few results wait for their turn
                 _told(pipe.send, chunks[sent])
-                busy[pipe], sent = sent, sent + 1
+                busy[pipe].append(sent); sent += 1
             if wanted == len(chunks): return
             if wanted in done:
                 for good, result in done.pop(wanted):
@@ -168,7 +180,7 @@ def _pool_map(function, items, workers, chunk):
                     yield result
                 wanted += 1
                 continue
-            for pipe in multiprocessing.connection.wait(list(busy)): done[busy.pop(pipe)] = _told(pipe.recv)
+            for pipe in multiprocessing.connection.wait([p for p in pipes if busy[p]]): done[busy[pipe].popleft()] = _told(pipe.recv)
     finally:
         for pipe in pipes:
             with contextlib.suppress(OSError): pipe.send(None)      # a worker that has ended needs no word

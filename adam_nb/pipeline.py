@@ -198,7 +198,7 @@ def _cmd_unlock(a):
 
 def _cmd_node(a): run_node(a.plan, a.name)
 
-# %% ../nbs/28_pipeline.ipynb #84c91d59
+# %% ../nbs/28_pipeline.ipynb #0dca4c53
 def _data_set(name: str, root: str | None, pairs: list[str]) -> tuple[str, str | None, dict]:
     "Name, root and options of a data set on the command line, where the root may be left out before key=value."
     from adam_nb.config import override
@@ -215,7 +215,7 @@ def _write_report(report: dict, given: str | None, name: str):
     "Write the JSON; a usual place that cannot be written to is no reason to fail."
     from adam_nb.results import write_json
     path = _report_file(given, name)
-    if path.is_file() and path.suffix != ".json": raise AdamError(f"{path} exists and is no JSON file; give the report another place by --json FILE.")
+    if path.exists() and not (path.is_file() and path.suffix == ".json"): raise AdamError(f"{path} exists and is no JSON file; give the report another place by --json FILE.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, report)
