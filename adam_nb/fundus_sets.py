@@ -79,14 +79,14 @@ def drive(
     present = {n for r in records for n in r.load_masks}
     return Records(records, mask_names=[n for n in ("vessel", "fov", "vessel_2") if n in present], notes=notes, unused=others, stray_masks=stray)
 
-# %% ../nbs/04g_fundus_sets.ipynb #218a447f
+# %% ../nbs/04g_fundus_sets.ipynb #2c504492
 _EYE = re.compile(r"([0-9]+)_(left|right)", re.I)
 
 def _grades(path: Path, usage: bool = False) -> dict[str, tuple[float, str]]:
     "image -> (grade, usage) from a table `image,level[,Usage]`."
     columns = read_table(path, ["image", "level", "Usage"] if usage else ["image", "level"])
     out: dict[str, tuple[float, str]] = {}
-    for n, (image, level, *use) in enumerate(zip(*columns.values()), 2):
+    for n, image, level, *use in zip(columns.rows, *columns.values()):
         image = image.lower()
         if not _EYE.fullmatch(image): raise AdamError(f"{path}: row {n} names the image '{image}', but it must be a number and _left or _right, such as 10_left; mend the row or download the table again.")
         if level not in ("0", "1", "2", "3", "4"): raise AdamError(f"{path}: row {n} ({image}) has the level '{level}', but grades are 0, 1, 2, 3, 4; mend the row or download the table again.")

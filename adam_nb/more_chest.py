@@ -75,14 +75,15 @@ def shenzhen(
     if masks and (bare := len(found.keys() - masks.keys())): notes.append(f"{bare} films have no lung mask.")
     return Records(records, mask_names=["lungs"] if masks else (), label_names=["Tuberculosis"], notes=notes, missing=sorted(split.keys() - found.keys()), stray_masks=sorted(masks[m] for m in masks.keys() - found.keys()))
 
-# %% ../nbs/04f_more_chest.ipynb #55ad9aec
+# %% ../nbs/04f_more_chest.ipynb #fa14df6f
 _SIIM_BASE = (1024, 1024)         # of the films that the codes were made on
 
 def _siim_table(path: str) -> dict[str, list[np.ndarray]]:
     "film -> its runs, one array a region; none where the table says -1."
     out: dict[str, list[np.ndarray]] = {}
     seen: dict[str, set[str]] = {}
-    for n, (image, code) in enumerate(zip(*read_table(path, ["ImageId", "EncodedPixels"]).values()), 2):
+    table = read_table(path, ["ImageId", "EncodedPixels"])
+    for n, image, code in zip(table.rows, *table.values()):
         if not image: raise AdamError(f"{path}: row {n} has no ImageId; mend the row or download the table again.")
         code, before = " ".join(code.split()), seen.setdefault(image, set())
         if code not in before:

@@ -36,7 +36,7 @@ def _agree(votes: Sequence[Sequence[int]], rule: str) -> np.ndarray:
     if rule == "majority": return (2*yes > n).astype(float)
     return np.where(yes == n, 1., np.where(yes == 0, 0., np.nan))
 
-# %% ../nbs/04e_vindr.ipynb #2ffaf8e9
+# %% ../nbs/04e_vindr.ipynb #40ab072b
 _BITS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 
 def _label_table(path: str, readers: bool) -> dict[str, dict[str, list[int]]]:
@@ -47,7 +47,7 @@ def _label_table(path: str, readers: bool) -> dict[str, dict[str, list[int]]]:
         if "no column 'Other diseases'" not in str(e): raise
         table = read("Other disease")
     names, out = list(table)[1 + readers:], {}
-    for n, row in enumerate(zip(*table.values()), 2):
+    for n, *row in zip(table.rows, *table.values()):
         image, reader, values = row[0], row[1] if readers else "consensus", row[1 + readers:]
         votes = [_BITS.get(v) for v in values]
         if None in votes: raise AdamError(f"{path}: row {n} ({image}) has the value '{values[votes.index(None)]}' for '{names[votes.index(None)]}', but labels are 0 or 1; mend the row or download the table again.")
@@ -55,13 +55,14 @@ def _label_table(path: str, readers: bool) -> dict[str, dict[str, list[int]]]:
         if out.setdefault(image, {}).setdefault(reader, votes) != votes: raise AdamError(f"{path}: row {n} differs from an earlier row of {image}{f' by {reader}' if readers else ''}; mend the table or download it again.")
     return out
 
-# %% ../nbs/04e_vindr.ipynb #d6c4ae37
+# %% ../nbs/04e_vindr.ipynb #da92636f
 def _box_table(path: str, readers: bool) -> tuple[dict[str, list[tuple[str, tuple]]], dict[str, dict[str, set[str]]]]:
     "image -> [(finding, box)], and image -> reader -> what the reader named ('No finding' too), from annotations_train.csv, Kaggle's train.csv, or (one reader, named consensus) annotations_test.csv."
     columns = ["image_id", "class_name", "x_min", "y_min", "x_max", "y_max", *(["rad_id"] if readers else [])]
     boxes: dict[str, list] = {}
     named: dict[str, dict[str, set[str]]] = {}
-    for n, (image, finding, *corners) in enumerate(zip(*read_table(path, columns).values()), 2):
+    table = read_table(path, columns)
+    for n, image, finding, *corners in zip(table.rows, *table.values()):
         reader = corners.pop() if readers else "consensus"
         if finding not in VINDR_LOCAL and finding != "No finding": raise AdamError(f"{path}: row {n} ({image}) has the unknown finding '{finding}'.{nearest(finding, [*VINDR_LOCAL, 'No finding'])} Mend the row or download the table again.")
         said = named.setdefault(image, {}).setdefault(reader, set())
