@@ -291,12 +291,13 @@ def parser() -> argparse.ArgumentParser:
     n.add_argument("plan"); n.add_argument("name"); n.set_defaults(do=_cmd_node)
     return p
 
-# %% ../nbs/28_pipeline.ipynb #3f6b7f38
+# %% ../nbs/28_pipeline.ipynb #dfa0becb
 def main(argv: list[str] | None = None) -> int:
     "The console script. An error that the user can mend is one sentence on stderr and exit code 2."
     a, rest = parser().parse_known_args(argv)
-    if rest and not (hasattr(a, "overrides") and all("=" in r and not r.startswith("-") for r in rest)): parser().error(f"unknown: {' '.join(rest)}; see adam_nb --help")
-    if rest: a.overrides += rest           # key=value after an option, which argparse leaves over
+    pairs = getattr(a, "overrides", getattr(a, "options", None))         # key=value after an option is left over by argparse
+    if rest and (pairs is None or not all("=" in r and not r.startswith("-") for r in rest)): parser().error(f"unknown: {' '.join(rest)}; see adam_nb --help")
+    if rest: pairs += rest
     try: return a.do(a) or 0
     except AdamError as e:
         print(f"adam_nb: {e}", file=sys.stderr)
