@@ -6,9 +6,9 @@
 __all__ = ['read_polygon', 'fill_polygon', 'polygon_loader', 'read_rle', 'fill_runs', 'decode_rle', 'encode_rle', 'rle_loader',
            'read_box', 'read_annotations', 'Files', 'is_dicom', 'check_share', 'check_choice', 'deal', 'deal_val']
 
-# %% ../nbs/04d_annotations.ipynb #33ef92ac
+# %% ../nbs/04d_annotations.ipynb #0656c550
 import json, os, re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -217,7 +217,7 @@ def _need_some(self, records: Sequence, named: int, what: str):
 
 Files.by_name, Files.need_some = _by_name, _need_some
 
-# %% ../nbs/04d_annotations.ipynb #18160c29
+# %% ../nbs/04d_annotations.ipynb #f5b9e84d
 def check_share(value, key: str = "val_fraction"):
     "`AdamError` unless `value` is a share in [0, 1)."
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1: raise AdamError(f"{key} is {value!r}, but must lie in [0, 1).")
@@ -228,14 +228,15 @@ def check_choice(value, key: str, choices: Sequence):
 
 def _strata(records): return [any(v > 0 for k, v in r.labels.items() if k != "No finding") for r in records]
 
-def deal(records: Sequence[Record], fractions: dict[str, float], seed: int) -> list[str]:
-    "Set the splits of `records`: whole patients by a seed, films with and without a finding spread evenly; returns notes."
-    for r, s in zip(records, split_by_patient([r.patient for r in records], fractions, seed, _strata(records))): r.split = s
+def deal(records: Sequence[Record], fractions: dict[str, float], seed: int, strata: Callable | None = None) -> list[str]:
+    "Set the splits of `records`: whole patients by a seed, the classes that `strata` gives to records (default: with and without a finding) spread evenly; returns notes."
+    classes = list(map(strata, records)) if strata else _strata(records)
+    for r, s in zip(records, split_by_patient([r.patient for r in records], fractions, seed, classes)): r.split = s
     return [f"Whole patients were dealt to {', '.join(fractions)} with seed {seed}."]
 
-def deal_val(records: Sequence[Record], share: float, seed: int) -> list[str]:
-    "Turn a `share` of the train films into val, likewise; returns notes."
+def deal_val(records: Sequence[Record], share: float, seed: int, strata: Callable | None = None) -> list[str]:
+    "Turn a `share` of the train images into val, likewise; returns notes. With share 0, or one patient, nothing changes."
     train = [r for r in records if r.split == "train"]
     if not share or len({r.patient for r in train}) < 2: return []
-    deal(train, {"train": 1 - share, "val": share}, seed)
-    return [f"A share of {share:g} of the train films, whole patients dealt with seed {seed}, is val."]
+    deal(train, {"train": 1 - share, "val": share}, seed, strata)
+    return [f"A share of {share:g} of the train images, whole patients dealt with seed {seed}, is val."]

@@ -97,7 +97,7 @@ def _digest(pixels, shape) -> bytes:
     return h.digest()
 def _length(height: int, width: int, channels: int) -> int: return channels*sum(h*w for h, w in pyramid_sizes(height, width))
 
-# %% ../nbs/06_cache.ipynb #f4165272
+# %% ../nbs/06_cache.ipynb #6a511f39
 _LINE = np.dtype([("key", "V16"), ("offset", "<i8"), ("size", "<i4", 2), ("crop", "<i4", 4), ("window", "<f4", 2), ("digest", "V16")])
 
 def _keys(records: Records) -> list[bytes]:
@@ -131,7 +131,8 @@ class _Partial:
         try: self.lock = open(self.path/"lock", "w")
         except FileNotFoundError: return False
         try: fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # not flock: forked workers would inherit it and keep it
-        except OSError: raise AdamError(f"Another process is preparing the cache in {self.path}; wait for it, or end it.") from None
+        except (BlockingIOError, PermissionError): raise AdamError(f"Another process is preparing the cache in {self.path}; wait for it, or end it.") from None
+        except OSError as e: raise AdamError(f"The file system of {self.path} cannot lock files ({e.strerror}), and two processes could spoil the cache; choose another place for it.") from None
         try: mine = os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.path/"lock"))
         except FileNotFoundError: mine = False
         if not mine: self.lock.close()
@@ -172,13 +173,17 @@ class _Partial:
         shutil.rmtree(old, ignore_errors=True)
 
     def discard(self):
-        "Remove the folder, under the lock."
+        "Remove the folder, under the lock, which goes last."
         for f in (self.pixels, self.journal): f.close()
+        for f in self.path.iterdir():
+            if f.name != "lock": f.unlink()
         shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self):
         for f in (self.pixels, self.journal, self.lock):
-            if f: f.close()
+            if not f: continue
+            try: f.close()
+            except OSError: pass                                     # a full disk: what could not be written has been reported, and no line of the journal stands for it
 
 # %% ../nbs/06_cache.ipynb #b3ce89d6
 def _statistics(histogram: np.ndarray) -> dict:
@@ -191,7 +196,7 @@ def _statistics(histogram: np.ndarray) -> dict:
     at = {str(p): [float(values[np.searchsorted(c, rank(p, c[-1]))]) for c in counts] for p in (0, 1, 5, 25, 50, 75, 95, 99, 100)}
     return {"mean": mean.tolist(), "std": std.tolist(), "percentiles": at}
 
-# %% ../nbs/06_cache.ipynb #bf56d8b1
+# %% ../nbs/06_cache.ipynb #e58ecaa7
 _TABLES = ("ids", "patients", "splits", "offsets", "sizes", "crops", "windows", "digests")
 
 def _file_digest(path: Path) -> str:
@@ -212,8 +217,8 @@ def _finish(partial: _Partial, records: Records, keys: list[bytes], recipe: dict
     names, counts = np.unique(np.array(text["splits"]), return_counts=True)
     manifest = {"hash": _data_hash(*text.values(), lines["digest"].tobytes()), **recipe, "n": len(kept), "patients": len(set(text["patients"])), "splits": {str(n): int(c) for n, c in zip(names, counts)},
                 "root": records.root, "options": records.options, "pixels": _statistics(partial.histogram),
-                "skipped": broken, "tables": {name: _file_digest(partial.path/f"{name}.npy") for name in _TABLES}, "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-    partial.pixels.flush(); os.fsync(partial.pixels.fileno())
+                "skipped": broken, "bytes": partial.pixels.tell(), "tables": {name: _file_digest(partial.path/f"{name}.npy") for name in _TABLES}, "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    os.fsync(partial.pixels.fileno())                                # each image was flushed
     write_json(partial.path/"manifest.json", manifest)
     return manifest
 
@@ -232,17 +237,19 @@ def _need_room(where: Path, need: int):
     free = shutil.disk_usage(where).free
     if free < 1.05*need: raise AdamError(f"The cache needs about {need/1e9:.2g} GB, but {where} has {free/1e9:.2g} GB free; free some space, choose a smaller size, or another place.")
 
-# %% ../nbs/06_cache.ipynb #5dc197f9
+# %% ../nbs/06_cache.ipynb #3e7907ee
 class Cache:
     "A prepared cache; see `prepare`. Can be pickled and opened in many processes."
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         if not (self.path/"manifest.json").is_file(): raise AdamError(f"There is no cache in {self.path}; prepare it first (adam_nb.cache.prepare).")
         self.manifest = read_json(self.path/"manifest.json")
+        if not {"hash", "channels", "n", "size", "splits"} <= self.manifest.keys(): raise AdamError(f"{self.path/'manifest.json'} is not that of a cache; name the folder that `prepare` made.")
         self.hash, self.channels = self.manifest["hash"], self.manifest["channels"]
         # asarray: slices of a plain array are cheaper than slices of a memmap; the base stays the map
         try: self.pixels = np.asarray(np.memmap(self.path/"pixels.bin", np.uint8, "r"))
         except (OSError, ValueError) as e: raise AdamError(f"{self.path/'pixels.bin'} cannot be read ({e}); delete the cache and prepare it again.") from None
+        if len(self.pixels) != (wanted := self.manifest.get("bytes", len(self.pixels))): raise AdamError(f"{self.path/'pixels.bin'} has {len(self.pixels)} bytes, but was written with {wanted}: an incomplete copy? Copy it again, or delete the cache and prepare it again.")
         self._offsets, self._sizes, self._crops = (self._table(n) for n in ("offsets", "sizes", "crops"))
 
     def _table(self, name):
@@ -333,7 +340,22 @@ def _verify(self, progress: bool = False) -> list[str]:
 
 Cache.verify = _verify
 
-# %% ../nbs/06_cache.ipynb #6f450034
+# %% ../nbs/06_cache.ipynb #b94ebdf8
+_FILES = {"manifest.json", "pixels.bin", *(f"{t}.npy" for t in _TABLES), "journal.bin", "recipe.json", "lock"}
+
+def _check_place(out: Path):
+    "`AdamError` when `out` holds something that must not be replaced."
+    if not out.exists(): return
+    other = [out.name] if out.is_file() else sorted(f.name for f in out.iterdir() if f.name not in _FILES)
+    if other or any(out.iterdir()) and not (out/"manifest.json").is_file(): raise AdamError(f"{out} exists and is not a cache{f' ({other[0]})' if other else ''}; choose another folder.")
+
+def _still_broken(cache: Cache, records: Records, work) -> bool:
+    "Whether every image that the cache left out still cannot be decoded (`work`); it is said again which."
+    left_out = {s["path"] for s in cache.skipped}
+    if not all("why" in work(r) for r in records if r.path in left_out): return False
+    _judge_broken(cache.skipped, len(records), "skip")
+    return True
+
 def _reuse(out: Path, recipe: dict, on_bad: str) -> Cache | None:
     "The cache in `out` if it is what is asked for."
     if not (out/"manifest.json").is_file(): return None
@@ -348,7 +370,7 @@ def _judge_broken(broken: list[dict], n: int, on_bad: str):
         raise AdamError(f"{len(broken)} of {n} images are broken: " + " | ".join(b["why"] for b in broken) + (" — mend or remove them, or set on_bad: skip." if len(broken) < n else " — no image is left."))
     print(f"{len(broken)} of {n} images are left out; the cache's manifest.json lists them:", *(f"  {b['why']}" for b in broken[:10]), *[f"  … and {len(broken) - 10} more"][:len(broken) > 10], sep="\n", file=sys.stderr)
 
-# %% ../nbs/06_cache.ipynb #be67132f
+# %% ../nbs/06_cache.ipynb #323e03d7
 def prepare(
     records: Records,
     out: str | os.PathLike,      # folder of the cache; an older cache there is replaced
@@ -368,23 +390,28 @@ def prepare(
     window = check_window(window)
     if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1: raise AdamError(f"size is {size!r}, but must be a number of pixels.")
     if not len(records): raise AdamError("There are no records to prepare a cache from.")
-    if out.exists() and not (out/"manifest.json").is_file() and (out.is_file() or any(out.iterdir())): raise AdamError(f"{out} exists and is not a cache; choose another folder.")
+    _check_place(out)
     recipe = {"schema": 1, "name": records.name, "size": int(size), "channels": channels, "crop": crop, "window": window and list(window), "smallest_side": SMALLEST}
     keys = _keys(records)
     whole = {**recipe, "fingerprint": records.fingerprint(), "sources": hashlib.blake2b(b"".join(keys), digest_size=8).hexdigest()}
-    if (ready := _reuse(out, whole, on_bad)) is not None: return ready
-    partial = _Partial(out.with_name(f".{out.name}.partial"), recipe, keys)
+    work, partial = functools.partial(decode, size=size, channels=channels, crop=crop, window=window), None
+    def ready() -> Cache | None: return cache if (cache := _reuse(out, whole, on_bad)) and _still_broken(cache, records, work) else None
+    if cache := ready():
+        shutil.rmtree(out.with_name(f".{out.name}.old"), ignore_errors=True)     # left by a kill after the last rename
+        return cache
     try:
-        if (ready := _reuse(out, whole, on_bad)) is not None: partial.discard(); return ready      # another process has finished it in this very moment
-        work = functools.partial(decode, size=size, channels=channels, crop=crop, window=window)
+        partial = _Partial(out.with_name(f".{out.name}.partial"), recipe, keys)
+        if cache := ready(): partial.discard(); return cache         # another process has finished it in this very moment
         broken = _fill(partial, records, keys, work, workers, progress)
         _judge_broken(broken, len(records), on_bad)
         _finish(partial, records, keys, whole, broken)
         partial.rename(out)
     except OSError as e:
-        if e.errno == errno.ENOSPC: raise AdamError(f"The disk of {out} is full; free some space and run this again: it goes on where it stopped.") from None
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, None): raise AdamError(f"The disk of {out} is full ({e.strerror or e}); free some space and run this again: it goes on where it stopped.") from None     # NumPy gives no number
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS): raise AdamError(f"The cache {out} cannot be written ({e.strerror}: {e.filename}); mend the permissions or choose another folder.") from None
         raise
-    finally: partial.close()
+    finally:
+        if partial: partial.close()
     return Cache(out)
 
 def _fill(partial: _Partial, records, keys, work, workers, progress) -> list[dict]:

@@ -21,7 +21,7 @@ from .images import open_image
 from .layouts import LAYOUTS, LazyMasks, archives_in, register
 from .records import Record, Records, leak_check, mask_names_of
 
-# %% ../nbs/05_data.ipynb #c3e77d02
+# %% ../nbs/05_data.ipynb #eb50da91
 def names() -> list[str]:
     "The data sets that `dataset` can open, sorted."
     return sorted(LAYOUTS)
@@ -55,8 +55,9 @@ def dataset(
         with _without_collector(): records = layout.build(root, **options)
         if not len(records): raise AdamError(f"The data set '{name}' has no images{f' in {root}' if root else ''}; check its folder and options.")
     except AdamError as e:
-        if root is None or not (packed := archives_in(root)): raise
-        raise AdamError(f"{e} Archives lie there: {', '.join(map(os.path.basename, packed[:5]))}{' …' if len(packed) > 5 else ''}; unpack them first.") from None
+        absent = str(e).startswith(("There is no ", "None of ", "The data set "))        # something was looked for and is not there
+        if root is None or not absent or not (packed := archives_in(root)): raise
+        raise AdamError(f"{e} Archives lie there: {', '.join(map(os.path.basename, packed[:5]))}{' …' if len(packed) > 5 else ''}; unpack them, unless that is done.") from None
     records.name, records.root, records.options = name, root, options
     return records.only(split) if split else records
 

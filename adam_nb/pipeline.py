@@ -198,12 +198,14 @@ def _cmd_unlock(a):
 
 def _cmd_node(a): run_node(a.plan, a.name)
 
-# %% ../nbs/28_pipeline.ipynb #0dca4c53
+# %% ../nbs/28_pipeline.ipynb #af6841cf
 def _data_set(name: str, root: str | None, pairs: list[str]) -> tuple[str, str | None, dict]:
     "Name, root and options of a data set on the command line, where the root may be left out before key=value."
     from adam_nb.config import override
     if root and "=" in root and not Path(root).exists(): root, pairs = None, [root, *pairs]
-    return name, root, override({}, pairs)
+    options = override({}, pairs)
+    if (ours := sorted(options.keys() & {"name", "root", "full", "workers", "progress", "against"})): raise AdamError(f"{ours[0]}= is no option of a data set; see adam_nb check --help")
+    return name, root, options
 
 def _report_file(given: str | None, name: str) -> Path:
     "Where the report of a check goes as JSON."
@@ -291,9 +293,11 @@ def parser() -> argparse.ArgumentParser:
     n.add_argument("plan"); n.add_argument("name"); n.set_defaults(do=_cmd_node)
     return p
 
-# %% ../nbs/28_pipeline.ipynb #dfa0becb
+# %% ../nbs/28_pipeline.ipynb #53bd4084
 def main(argv: list[str] | None = None) -> int:
     "The console script. An error that the user can mend is one sentence on stderr and exit code 2."
+    for stream in (sys.stdout, sys.stderr):                              # a file name that is no text must not end a report
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     a, rest = parser().parse_known_args(argv)
     pairs = getattr(a, "overrides", getattr(a, "options", None))         # key=value after an option is left over by argparse
     if rest and (pairs is None or not all("=" in r and not r.startswith("-") for r in rest)): parser().error(f"unknown: {' '.join(rest)}; see adam_nb --help")

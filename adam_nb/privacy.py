@@ -72,11 +72,13 @@ def _patient_id(path) -> str | None:
             return found if found or "Rows" in header else None
     except Exception: return None                            # whatever is wrong with the file, reading its image says so by name
 
-# %% ../nbs/02b_privacy.ipynb #1886421e
+# %% ../nbs/02b_privacy.ipynb #a99683ad
 def _is_dicom(path) -> bool:
-    "Whether the file calls itself DICOM, by its content or its name."
+    "Whether the file calls itself DICOM, by its content or its name. One that cannot be opened may be: reading its image says why."
     if str(path).lower().endswith((".dcm", ".dicom")): return True
-    with open(path, "rb") as f: return f.read(132)[128:] == b"DICM"
+    try:
+        with open(path, "rb") as f: return f.read(132)[128:] == b"DICM"
+    except OSError: return True
 
 def dicom_patients(paths: list[str]) -> tuple[list[str], int]:
     """The hashed patient of each DICOM file, and how many headers could not be read (each of those counts as a patient of its own, named by the file).

@@ -15,10 +15,14 @@ import numpy as np
 
 from .config import AdamError, nearest
 
-# %% ../nbs/02_records.ipynb #5cdc1aad
+# %% ../nbs/02_records.ipynb #2b64b43d
+class _Seen(tuple):
+    "A size that was read and not stated: it must not count in a fingerprint, which would then depend on what was looked at."
+    __slots__ = ()
+
 def _read_size(record) -> tuple[int, int]:
     "The size from the header (`load_size`), or by decoding the image."
-    return tuple(int(s) for s in (record.load_size() if record.load_size else record.image().shape[:2]))
+    return _Seen(int(s) for s in (record.load_size() if record.load_size else record.image().shape[:2]))
 
 def _empty(record) -> dict: return {}
 
@@ -133,13 +137,13 @@ class Records(Sequence):
     def _with(self, records): return Records(records, self.name, self.root, self.options, self.label_names, self.mask_names, self.notes, self.missing, self.unused, self.stray_masks)
     def __repr__(self): return f"Records({self.name}: {len(self)} images, {len({r.patient for r in self})} patients)"
 
-# %% ../nbs/02_records.ipynb #cc7a0a8f
+# %% ../nbs/02_records.ipynb #82098aa1
 def _only(self, split: str) -> "Records":
     "The records of one split. `AdamError` when no record is in it."
     splits = {r.split for r in self}
     if split not in splits:
-        known = [s for s in splits if s]
-        raise AdamError(f"{self.name} has no split '{split}'." + (nearest(split, known) if known else " Its records have no split; ask the adapter for one."))
+        there = [s for s in splits if s]
+        raise AdamError(f"{self.name} has no split '{split}'." + (nearest(split, there) if there else " Its records have no split; ask the adapter for one."))
     return self._with([r for r in self if r.split == split])
 
 def _by_patient(self) -> dict[str, "Records"]:
@@ -150,11 +154,11 @@ def _by_patient(self) -> dict[str, "Records"]:
 
 Records.only, Records.by_patient = _only, _by_patient
 
-# %% ../nbs/02_records.ipynb #e0acabed
+# %% ../nbs/02_records.ipynb #246d0254
 def _ids(self) -> list[str]:
-    "Each record's path, relative to the root where it lies below it: the same on every machine."
+    "Each record's path, relative to the root (or to the folder of the file that is the root) where it lies below it: the same on every machine."
     if self.root is None: return [r.path for r in self]
-    prefix = os.path.join(self.root, "")
+    prefix = os.path.join(os.path.dirname(self.root) if os.path.isfile(self.root) else self.root, "")
     return [(r.path[len(prefix):] if r.path.startswith(prefix) else r.path).replace(os.sep, "/") for r in self]
 
 def _to_frame(self, sizes: bool = False):
@@ -163,9 +167,8 @@ def _to_frame(self, sizes: bool = False):
     boxes, marked = dict.fromkeys(k for r in self for k in known(r, "boxes", ())), any(known(r, "landmarks") for r in self)
     rows = [{"id": i, "patient": r.patient, "split": r.split, **({"height": r.size[0], "width": r.size[1]} if sizes else {}),
              **{k: known(r, "labels", {}).get(k, np.nan) for k in self.label_names}, **{f"boxes {k}": len(known(r, "boxes", {}).get(k, ())) for k in boxes},
-             **({"landmarks": len(known(r, "landmarks", ()))} if marked else {}), **known(r, "extra", {})}
-            for i, r in zip(self.ids, self)]
-    return pd.DataFrame(rows)
+             **({"landmarks": len(known(r, "landmarks", ()))} if marked else {})} for i, r in zip(self.ids, self)]
+    return pd.DataFrame([row | {f"extra {k}" if k in row else k: v for k, v in known(r, "extra", {}).items()} for row, r in zip(rows, self)])
 
 # %% ../nbs/02_records.ipynb #5c6c0669
 def mask_names_of(record) -> list[str]:
@@ -278,18 +281,18 @@ def _show(self, n: int = 12, columns: int = 4, seed: int | None = None):
 
 Records.show = _show
 
-# %% ../nbs/02_records.ipynb #726b89e1
+# %% ../nbs/02_records.ipynb #6793f277
 def _stat(path):
     "`os.stat` of a file, or None for a generated image or an absent file."
     try: return os.stat(path)
     except OSError: return None
 
 def _fingerprint(self) -> str:
-    "16 hex digits over everything that is known without opening the images; independent of where the folder lies."
+    "16 hex digits over everything that is known without opening the images; independent of where the folder lies, as far as the images lie below the root."
     h = hashlib.sha256(repr((self.name, self.label_names, self.mask_names)).encode())
     for i, r in zip(self.ids, self):
         s = _stat(r.path)
-        stated = known(r, "size") if s is None else None         # for a file, the header is not read
+        stated = size if s is None and type(size := known(r, "size")) is tuple else None         # for a file, its length says more
         labels = known(r, "labels", {})
         h.update(repr((i, r.patient, r.split, stated, r.channels, s and s.st_size, [labels.get(k) for k in self.label_names], known(r, "landmarks", {}), known(r, "boxes", {}))).encode())
     return h.hexdigest()[:16]

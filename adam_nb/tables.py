@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CLASS_NAMES', 'read_rows', 'csv_table', 'ArrayReader', 'medmnist']
 
-# %% ../nbs/04h_tables.ipynb #2c3a90fc
-import csv, math, os, re, stat, threading, zipfile, zlib
+# %% ../nbs/04h_tables.ipynb #9de48d2b
+import math, os, re, stat, threading, zipfile, zlib
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,20 +15,14 @@ import numpy as np
 
 from .config import AdamError, nearest
 from .guard import check_pixels
-from .images import open_image, open_mask
-from .layouts import LazyMasks, check_fractions, file_record, need_folder, register
-from .records import Record, Records, leak_check, split_by_patient
+from .images import open_mask
+from .layouts import SPLIT_WORDS, LazyMasks, LoadColour, check_fractions, deal_splits, file_record, guess_channels, leak_note, need_folder, read_csv, register
+from .records import Record, Records
 
-# %% ../nbs/04h_tables.ipynb #11f2f201
+# %% ../nbs/04h_tables.ipynb #b9568b7c
 def read_rows(path: str | os.PathLike) -> tuple[list[str], list[tuple[int, list[str]]]]:
     "The header of a CSV table and its rows as (row number, fields), without spaces around names and fields; blank rows are left out. `AdamError` names what is wrong and where."
-    rows = []
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            for row in csv.reader(f, skipinitialspace=True, strict=True): rows.append([field.strip() for field in row])
-    except UnicodeDecodeError as e: raise AdamError(f"{path} is not a CSV table in UTF-8 ({e}); save it as 'CSV UTF-8'.") from None
-    except csv.Error as e: raise AdamError(f"{path}: row {len(rows) + 1} cannot be read ({e}); look for a quotation mark that is not closed, or save the table as 'CSV UTF-8'.") from None
-    except OSError as e: raise AdamError(f"The table {path} cannot be read ({e.strerror}); check its name and permissions.") from None
+    rows = read_csv(path, "save it as 'CSV UTF-8'")
     if not rows or not any(rows[0]): raise AdamError(f"{path} has no header in its first row; it must name the columns, among them 'path'.")
     header = rows[0]
     while header and not header[-1]: header.pop()                                   # commas at the end
@@ -91,29 +85,13 @@ def _table_path(root: str | os.PathLike, table: str | None) -> Path:
     if len(found) > 1: raise AdamError(f"{root} holds {len(found)} CSV tables; choose one by table: {', '.join(p.name for p in found[:5])}{' ...' if len(found) > 5 else ''}.")
     return found[0]
 
-# %% ../nbs/04h_tables.ipynb #bfe2768a
-_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test", "": None}
-
+# %% ../nbs/04h_tables.ipynb #7330485c
 def _split_of(text: str, where: str) -> str | None:
     "'train', 'val', 'test', or None for an empty field."
-    if text.lower() not in _SPLITS: raise AdamError(f"{where} has the split '{text[:40]}'.{nearest(text, ['train', 'val', 'test'])}")
-    return _SPLITS[text.lower()]
+    if text and text.lower() not in SPLIT_WORDS: raise AdamError(f"{where} has the split '{text[:40]}'.{nearest(text, ['train', 'val', 'test'])}")
+    return SPLIT_WORDS.get(text.lower())
 
-def _colour_of(paths: Sequence[str]) -> int:
-    "3 when the first, middle or last readable image is truly coloured, else 1."
-    for path in dict.fromkeys((paths[0], paths[len(paths)//2], paths[-1])):
-        try: image = open_image(path)
-        except AdamError: continue
-        if image.ndim == 3 and np.ptp(image, 2).max() > .1: return 3
-    return 1
-
-def _dealt(patients: list[str], fractions: dict | None, seed: int) -> tuple[list[str], str]:
-    "Splits for a table without any, and a note that says how."
-    if fractions is None and len(set(patients)) < 3: return ["train"]*len(patients), "Fewer than 3 patients: all are in train."
-    fractions = {"train": .9, "val": .1} if fractions is None else fractions
-    return split_by_patient(patients, fractions, seed), f"Whole patients were dealt to {', '.join(fractions)} with seed {seed}."
-
-# %% ../nbs/04h_tables.ipynb #dbc29580
+# %% ../nbs/04h_tables.ipynb #4ae07dfd
 def _fields(header: list[str], path) -> tuple[list[str], dict[str, str]]:
     "The columns that may be labels, and {column: mask name} of those that are masks."
     masks = {c: c.removeprefix("mask_") for c in header if c == "mask" or c.startswith("mask_")}
@@ -153,20 +131,14 @@ def csv_table(
         files = {m: _file(row[at[c]], home, f"{where}, column '{c}',")[0] for c, m in masks.items() if row[at[c]]}
         if files: record.load_masks = LazyMasks({m: partial(open_mask, f) for m, f in files.items()})      # of another size: refused by Record.masks
         records.append(record)
-    if channels is None and _colour_of([r.path for r in records]) == 3: records = [_in_colour(r) for r in records]
-    notes = [f"The splits are those of {path.name}."] if "split" in at else []
-    if "split" not in at:
-        dealt, note = _dealt([r.patient for r in records], fractions, seed)
-        notes.append(note)
+    if channels is None and guess_channels([r.path for r in records]) == 3:
+        for r in records: r.channels, r.load_image = 3, LoadColour(r.path)
+    if "split" in at: notes = [f"The splits are those of {path.name}.", *leak_note(records)]
+    else:
+        dealt, notes = deal_splits([r.patient for r in records], fractions, seed)
         for r, s in zip(records, dealt): r.split = s
-    elif (leaks := leak_check(records)): notes.append(f"Patients in two splits: {len(leaks)} ({', '.join(leaks[:3])}{' ...' if len(leaks) > 3 else ''}); a test on them would look too good.")
     if "patient" not in at: notes.append("There is no column 'patient': each image counts as a patient of its own.")
     return Records(records, label_names=list(values), mask_names=list(masks.values()), notes=notes)
-
-def _in_colour(r: Record) -> Record:
-    coloured = file_record(r.path, r.patient, 3, split=r.split, labels=r.labels, extra=r.extra)
-    coloured.load_masks = r.load_masks
-    return coloured
 
 # %% ../nbs/04h_tables.ipynb #538253f2
 class ArrayReader:
