@@ -97,7 +97,7 @@ def _digest(pixels, shape) -> bytes:
     return h.digest()
 def _length(height: int, width: int, channels: int) -> int: return channels*sum(h*w for h, w in pyramid_sizes(height, width))
 
-# %% ../nbs/06_cache.ipynb #6a511f39
+# %% ../nbs/06_cache.ipynb #1ee4e66b
 _LINE = np.dtype([("key", "V16"), ("offset", "<i8"), ("size", "<i4", 2), ("crop", "<i4", 4), ("window", "<f4", 2), ("digest", "V16")])
 
 def _keys(records: Records) -> list[bytes]:
@@ -110,8 +110,8 @@ def _keys(records: Records) -> list[bytes]:
 
 class _Partial:
     "The folder in which a cache grows."
-    def __init__(self, path: Path, recipe: dict, keys=()):
-        self.path, self.channels, self.wanted, self.lines = path, recipe["channels"], set(keys), {}
+    def __init__(self, path: Path, recipe: dict, keys=(), wait: bool = False):
+        self.path, self.channels, self.wanted, self.lines, self.wait = path, recipe["channels"], set(keys), {}, wait
         self.histogram = np.zeros((self.channels, 256), np.int64)    # of all images that are wanted: one for each would fill the memory
         while not self._lock(): pass
         if not (path/"recipe.json").is_file() or read_json(path/"recipe.json") != recipe:
@@ -130,7 +130,7 @@ class _Partial:
         except ImportError: return True                              # Windows has none
         try: self.lock = open(self.path/"lock", "w")
         except FileNotFoundError: return False
-        try: fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # not flock: forked workers would inherit it and keep it
+        try: fcntl.lockf(self.lock, fcntl.LOCK_EX | (0 if self.wait else fcntl.LOCK_NB))   # not flock: forked workers would inherit it and keep it
         except (BlockingIOError, PermissionError): raise AdamError(f"Another process is preparing the cache in {self.path}; wait for it, or end it.") from None
         except OSError as e: raise AdamError(f"The file system of {self.path} cannot lock files ({e.strerror}), and two processes could spoil the cache; choose another place for it.") from None
         try: mine = os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.path/"lock"))
@@ -370,7 +370,7 @@ def _judge_broken(broken: list[dict], n: int, on_bad: str):
         raise AdamError(f"{len(broken)} of {n} images are broken: " + " | ".join(b["why"] for b in broken) + (" — mend or remove them, or set on_bad: skip." if len(broken) < n else " — no image is left."))
     print(f"{len(broken)} of {n} images are left out; the cache's manifest.json lists them:", *(f"  {b['why']}" for b in broken[:10]), *[f"  … and {len(broken) - 10} more"][:len(broken) > 10], sep="\n", file=sys.stderr)
 
-# %% ../nbs/06_cache.ipynb #323e03d7
+# %% ../nbs/06_cache.ipynb #3273b881
 def prepare(
     records: Records,
     out: str | os.PathLike,      # folder of the cache; an older cache there is replaced
@@ -381,6 +381,7 @@ def prepare(
     window: tuple[float, float] | None = None,   # percentiles between which films deeper than 8 bit are stretched
     workers: int | None = None,  # processes; None: one a core; 0: none
     progress: bool = True,
+    wait: bool = False,          # for another process that prepares the same cache; else it is an error
 ) -> Cache:
     "Decode `records` into a cache at `out`, or open the equal one that is there. `AdamError` names all broken images, a disk without room, and a folder that is something else."
     out = Path(out).absolute()
@@ -400,7 +401,7 @@ def prepare(
         shutil.rmtree(out.with_name(f".{out.name}.old"), ignore_errors=True)     # left by a kill after the last rename
         return cache
     try:
-        partial = _Partial(out.with_name(f".{out.name}.partial"), recipe, keys)
+        partial = _Partial(out.with_name(f".{out.name}.partial"), recipe, keys, wait)
         if cache := ready(): partial.discard(); return cache         # another process has finished it in this very moment
         broken = _fill(partial, records, keys, work, workers, progress)
         _judge_broken(broken, len(records), on_bad)

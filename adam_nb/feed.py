@@ -6,7 +6,7 @@
 __all__ = ['open_cache', 'split_indices', 'augment_of', 'EpochViews', 'EpochBatches', 'stage_loader', 'level_of',
            'validation_batches', 'forewarnings']
 
-# %% ../nbs/13c_feed.ipynb #48f56776
+# %% ../nbs/13c_feed.ipynb #50136659
 import os
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from . import ranks
 from .cache import Cache, prepare
 from .config import AdamError
 from .data import dataset
@@ -22,7 +23,7 @@ from .decomposer import grid_shape
 from .schedule import PrepareConfig, PretrainConfig, Stage, stage_list
 from .views import Augment, StageSampler, TwoViews, unpack_id
 
-# %% ../nbs/13c_feed.ipynb #e24a4c96
+# %% ../nbs/13c_feed.ipynb #45f15307
 def open_cache(
     config: PrepareConfig,
     out: str | os.PathLike,       # the run's output folder; without `config.cache` the cache lies beside it
@@ -31,7 +32,8 @@ def open_cache(
     "The decoded images of a config, made if they are not there yet."
     records = dataset(config.data, config.data_root, **config.data_options)
     where = Path(config.cache) if config.cache else Path(out).absolute().parent/"cache"
-    return prepare(records, where, size=config.cache_size, channels=config.in_channels, crop=config.cache_crop, window=config.cache_window, on_bad=config.on_bad, progress=progress)
+    return prepare(records, where, size=config.cache_size, channels=config.in_channels, crop=config.cache_crop, window=config.cache_window, on_bad=config.on_bad, progress=progress,
+                   wait=ranks.world() > 1)      # one rank decodes, the others find it done
 
 def split_indices(
     cache: Cache,
@@ -52,7 +54,7 @@ def augment_of(config: PretrainConfig) -> Augment:
                    brightness=config.brightness, contrast=config.contrast, saturation=config.saturation, hue=config.hue,
                    jitter_p=config.jitter_p, blur=config.blur, blur_p=config.blur_p, dtype="uint8")
 
-# %% ../nbs/13c_feed.ipynb #efbd4a74
+# %% ../nbs/13c_feed.ipynb #c093f261
 class EpochViews(TwoViews):
     "`TwoViews`, asked by (epoch, position, level), so that one worker process can go from epoch to epoch."
     epoch = 0       # a plain attribute in the place of the shared one: two workers may be in two epochs
@@ -61,7 +63,7 @@ class EpochViews(TwoViews):
         return super().__getitem__((position, level))
 
 class EpochBatches:
-    "The batches of a stage from update `start` to its end, as lists of (epoch, position, level)."
+    "The batches of a stage from update `start` to its end, as lists of (epoch, position, level); of each, this rank's slice."
     def __init__(self, config: PretrainConfig, stage: Stage, n_images: int, start: int = 0):
         self.config, self.stage, self.n_images, self.start = config, stage, n_images, start
     def __len__(self): return self.stage.steps - self.start
@@ -69,12 +71,13 @@ class EpochBatches:
         step = self.start
         while step < self.stage.steps:
             epoch, first = divmod(step, self.stage.steps_per_epoch)
-            for batch in StageSampler(self.n_images, self.config.batch_size, list(self.stage.levels), self.config.seed, self.stage.index, epoch, start_batch=first, drop_last=True):
+            for batch in StageSampler(self.n_images, self.config.batch_size, list(self.stage.levels), self.config.seed, self.stage.index, epoch, start_batch=first, drop_last=True,
+                                      rank=ranks.rank(), world=ranks.world()):
                 if step == self.stage.steps: return
                 yield [(epoch, position, level) for position, level in batch]
                 step += 1
 
-# %% ../nbs/13c_feed.ipynb #b326d453
+# %% ../nbs/13c_feed.ipynb #28892cc6
 def _one_thread(_): torch.set_num_threads(1)
 
 def stage_loader(
@@ -85,7 +88,7 @@ def stage_loader(
     start: int = 0,               # updates of this stage that are done
     pin: bool = False,            # page-locked batches, for a GPU
 ) -> DataLoader:
-    "Batches (x_q (B, C, S, S), x_k, ids (B,) int64), one for each update that is left of a stage."
+    "Batches (x_q (B, C, S, S), x_k, ids (B,) int64), one for each update that is left of a stage; B is `batch_size` over the number of ranks."
     views = EpochViews(cache, indices, augment_of(config), config.seed, stage.index)
     more = dict(prefetch_factor=4) if config.workers else {}
     return DataLoader(views, batch_sampler=EpochBatches(config, stage, len(indices), start), num_workers=config.workers, worker_init_fn=_one_thread, pin_memory=pin,
@@ -95,19 +98,21 @@ def level_of(ids: Tensor) -> int:
     "The level of a batch, from its ids."
     return int(unpack_id(ids[:1])[1])
 
-# %% ../nbs/13c_feed.ipynb #a8f51319
+# %% ../nbs/13c_feed.ipynb #db5d1dd8
 def validation_batches(
     config: PretrainConfig,
     cache: Cache,
     indices: np.ndarray,          # places in the cache
     stage: Stage,
+    shared: bool = False,         # only this rank's slice of each batch; a slice may be empty, and is then left out
 ):
     "Batches (x_q, x_k, ids) of all validation images at each level of a stage, always the same."
     views = TwoViews(cache, indices, augment_of(config), config.seed, stage.index)
     for level in stage.levels:
         for start in range(0, len(indices), config.batch_size):
-            items = [views[(position, level)] for position in range(start, min(start + config.batch_size, len(indices)))]
-            yield tuple(torch.stack([torch.as_tensor(i[k]) for i in items]) for k in range(3))
+            batch = range(start, min(start + config.batch_size, len(indices)))
+            items = [views[(position, level)] for position in (batch[ranks.share(len(batch))] if shared else batch)]
+            if items: yield tuple(torch.stack([torch.as_tensor(i[k]) for i in items]) for k in range(3))
 
 # %% ../nbs/13c_feed.ipynb #97c694be
 def forewarnings(config: PretrainConfig, cache: Cache, indices: np.ndarray, stage: Stage) -> list[str]:

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'NORMALISATION', 'match_channels', 'Encoder', 'create_encoder', 'ProjectionHead', 'SplitBatchNorm2d',
-           'set_bn_splits', 'bn_permutation', 'average_running_statistics', 'check_bank', 'MemoryBank', 'AdamOutput',
-           'ema_update', 'Adam']
+           'set_bn_splits', 'bn_permutation', 'running_statistics', 'average_running_statistics', 'in_parts',
+           'check_bank', 'MemoryBank', 'AdamOutput', 'ema_update', 'Adam']
 
-# %% ../nbs/11_model.ipynb #37486e18
+# %% ../nbs/11_model.ipynb #69cb23f8
 import copy, warnings
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
+from . import ranks
 from .config import AdamError, nearest
 from .pruner import pruned_info_nce
 from .views import overlap
@@ -183,14 +185,28 @@ def bn_permutation(
     state = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.randperm(n, generator=torch.Generator().manual_seed(state))
 
-# %% ../nbs/11_model.ipynb #be9d8551
+# %% ../nbs/11_model.ipynb #9d34d313
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    "The running means and variances of `module`'s BN layers, themselves."
+    layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    return [b for layer in layers for b in (layer.running_mean, layer.running_var)]
+
 def average_running_statistics(module: nn.Module) -> None:
     "Average the BN running statistics of `module` over all ranks, in place; does nothing in a single process."
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
+    if ranks.world() > 1 and (buffers := running_statistics(module)): ranks.average(buffers)
+
+def in_parts(module: nn.Module, parts: Sequence) -> Iterator:
+    "The `parts` of a batch, one by one, each for one forward pass of `module` in training mode; in the end its running statistics are as if the batch had been undivided."
+    if len(parts) == 1: yield parts[0]; return
+    buffers = running_statistics(module)
+    before, sums = [b.clone() for b in buffers], [torch.zeros_like(b) for b in buffers]
+    for part in parts:
+        for b, old in zip(buffers, before): b.copy_(old)
+        yield part
+        for b, total in zip(buffers, sums): total += b
+    for b, total in zip(buffers, sums): b.copy_(total / len(parts))
     for layer in module.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats:
-            for buffer in (layer.running_mean, layer.running_var):
-                torch.distributed.all_reduce(buffer); buffer.div_(torch.distributed.get_world_size())
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats: layer.num_batches_tracked -= len(parts) - 1      # it counts batches
 
 # %% ../nbs/11_model.ipynb #fd2468e9
 def check_bank(bank_size: int, batch_size: int) -> None:
@@ -254,7 +270,7 @@ def ema_update(target: nn.Module, source: nn.Module, momentum: float) -> None:
     "Parameters of `target` become momentum·target + (1 − momentum)·source; buffers are left alone."
     torch._foreach_lerp_([p.detach() for p in target.parameters()], [p.detach() for p in source.parameters()], 1 - momentum)
 
-# %% ../nbs/11_model.ipynb #21d09fa5
+# %% ../nbs/11_model.ipynb #11be0321
 class Adam(nn.Module):
     """The twin networks and the memory bank (paper section 2).
 
@@ -317,7 +333,10 @@ class Adam(nn.Module):
         if self.training:
             check_bank(self.bank.size, len(x_q))
             if permutation is None and self.bn_splits > 1: permutation = bn_permutation(len(x_q), self.seed, self.updates)
-        q, k = self.embed_query(x_q), self.embed_key(x_k, permutation)
+        return self.contrast(self.embed_query(x_q), self.embed_key(x_k, permutation), ids, prune, exclude_own)
+
+    def contrast(self, q: Tensor, k: Tensor, ids: Tensor | None = None, prune: bool = True, exclude_own: bool = True) -> AdamOutput:
+        "Loss of queries (B, dim) with their keys against the bank as it is; arguments as for `forward`."
         exclude = overlap(ids.to(self.bank.ids), self.bank.ids) if exclude_own and ids is not None else None
         out = pruned_info_nce(q, k, self.bank.keys, self.temperature, self.threshold if prune else None, exclude)
         right = (out.positive > out.negative_max) | (out.kept == 0)

@@ -27,7 +27,7 @@ class PrepareConfig:
     on_bad: Literal["error", "skip"] = "error"  # error: an unreadable image stops the run; skip: it is left out, and listed in the cache's manifest
     in_channels: int = 1                        # 1 grey or 3 colour (paper: 3)
 
-# %% ../nbs/13_schedule.ipynb #21562b22
+# %% ../nbs/13_schedule.ipynb #a5c89921
 @dataclass
 class PretrainConfig(PrepareConfig):
     "All parameters of a pretraining run. Levels, part boxes and the pruner follow the paper (section 2); defaults are the small recipe."
@@ -79,6 +79,8 @@ class PretrainConfig(PrepareConfig):
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     workers: int = 1                            # processes that make views; 0: the training process itself
     threads: int | None = None                  # of the training process; null: as many as torch has been given, by default all cores
+    nproc: int = 1                              # processes that share each batch, one a GPU; above 1 torchrun is started here (torchrun started by hand: its own number counts)
+    accumulate: int = 1                         # parts, one after the other, in which a process takes its share of a batch: less memory, same result but for rounding
     seed: int = 0                               # of weights, order, views and shuffles; not of the data
     # selection and records
     val_every: int = 40                         # steps between validations; one more ends each stage
@@ -139,10 +141,11 @@ def stage_list(
     return [Stage(i, levels, s, per_epoch, prunes(i, levels))
             for i, (levels, s) in enumerate(zip(_levels(config), steps))]
 
-# %% ../nbs/13_schedule.ipynb #3af7a6a2
+# %% ../nbs/13_schedule.ipynb #fea6515e
 _RULES = {  # key -> (what must hold, in words; test)
     "batch_size": ("at least 2", lambda v: v >= 2), "view_size": ("at least 16", lambda v: v >= 16), "cache_size": ("at least 32", lambda v: v >= 32),
     "in_channels": ("1 or 3", lambda v: v in (1, 3)), "dim": ("at least 2", lambda v: v >= 2), "bn_splits": ("at least 1", lambda v: v >= 1),
+    "nproc": ("at least 1", lambda v: v >= 1), "accumulate": ("at least 1", lambda v: v >= 1),
     "bank_size": ("at least 2", lambda v: v >= 2), "momentum": ("from 0 to 1", lambda v: 0 <= v <= 1), "temperature": ("above 0", lambda v: v > 0),
     "threshold": ("a cosine from -1 to 1, or null", lambda v: v is None or -1 <= v <= 1), "prune_from": ("at least 0", lambda v: v >= 0),
     "prune_after": ("at least 0", lambda v: v >= 0), "crop_scale": ("0 < low <= high <= 1", lambda v: 0 < v[0] <= v[1] <= 1),
@@ -156,7 +159,7 @@ _RULES = {  # key -> (what must hold, in words; test)
     "checkpoint_every": ("at least 1", lambda v: v >= 1), "keep": ("at least 1", lambda v: v >= 1),
 }
 
-# %% ../nbs/13_schedule.ipynb #f9b4bb92
+# %% ../nbs/13_schedule.ipynb #e2dd00eb
 def check(config: PretrainConfig) -> PretrainConfig:
     "`config`, with its types put right, if a run with it can work; else `AdamError` that names the key and the remedy."
     config = build(PretrainConfig, {f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
@@ -168,6 +171,9 @@ def check(config: PretrainConfig) -> PretrainConfig:
     _lengths(config, "epochs" if config.steps is None else "steps")
     if config.batch_size % config.bn_splits or config.batch_size // config.bn_splits < 2:
         raise AdamError(f"'bn_splits' is {config.bn_splits}, which does not cut a batch of {config.batch_size} into equal groups of at least 2; change one of them.")
+    if config.batch_size % config.nproc: raise AdamError(f"'batch_size' is {config.batch_size}, which {config.nproc} processes ('nproc', or those of torchrun) cannot share equally; make it a multiple of {config.nproc}.")
+    if config.bn_splits % (config.nproc * config.accumulate):
+        raise AdamError(f"'bn_splits' is {config.bn_splits}, but must be a multiple of nproc x accumulate = {config.nproc} x {config.accumulate}: no process and no part of a batch may cut a group of batch normalisation.")
     if config.bank_size < config.batch_size:
         raise AdamError(f"'bank_size' is {config.bank_size}, less than one batch of {config.batch_size} keys; raise it, best to several batches.")
     if config.select == "best" and config.val_split is None:
@@ -192,8 +198,8 @@ def learning_rate(config: PretrainConfig, stage: Stage, step: int) -> float:
     rise = min((step + 1) / (config.warmup_steps + 1), 1.0)
     return config.lr * rise * 0.5 * (1 + math.cos(math.pi * done))
 
-# %% ../nbs/13_schedule.ipynb #bf14c2e4
-FREE = ("data_root", "cache", "on_bad", "workers", "threads", "device", "curriculum", "val_every", "log_every", "checkpoint_every", "keep", "on_collapse")   # may change in a resumed run
+# %% ../nbs/13_schedule.ipynb #a09fdcd6
+FREE = ("data_root", "cache", "on_bad", "workers", "threads", "nproc", "accumulate", "device", "curriculum", "val_every", "log_every", "checkpoint_every", "keep", "on_collapse")   # may change in a resumed run
 
 def essence(
     config: PretrainConfig,

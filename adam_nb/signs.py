@@ -51,7 +51,7 @@ def state_bytes(config: PretrainConfig, model: torch.nn.Module) -> tuple[int, in
     optimizer = trained * (1 if config.optimizer == "sgd" else 2)
     return tensors + trained + optimizer, tensors + optimizer
 
-# %% ../nbs/13c1_signs.ipynb #ae261e75
+# %% ../nbs/13c1_signs.ipynb #1e0bc447
 def overview(
     config: PretrainConfig,
     cache: Cache,
@@ -72,9 +72,10 @@ def overview(
     ratio = config.bank_size / len(train)
     note = "" if ratio < 0.5 else "; anchors meet keys of their own image, of which overlapping parts are no negatives" if config.exclude_own else "; anchors meet keys of their own image as negatives: set exclude_own: true, or lower 'bank_size'"
     threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    shared = f", {config.nproc} processes" if config.nproc > 1 else ""
     return "\n".join((
         f"images   {len(train)} of {cache.manifest['name']}, {config.in_channels} channel{'s'[:config.in_channels > 1]}, at most {cache.manifest['size']} pixels",
         f"levels   {levels}: {updates} updates of {config.batch_size} images, {updates * config.batch_size / len(train):.3g} times through the images",
-        f"network  {config.backbone} on {device}{threads}, {config.precision}; views of {config.view_size} pixels by {config.workers} worker{'s'[:config.workers != 1]}",
+        f"network  {config.backbone} on {device}{threads}{shared}, {config.precision}; views of {config.view_size} pixels by {config.workers} worker{'s'[:config.workers != 1]}{' each' if shared else ''}",
         f"bank     {config.bank_size} keys, {ratio:.3g} an image{note}",
-        f"memory   {_size(memory)} and the activations; disk {_size(disk)} for checkpoints ({_size(free)} free)"))
+        f"memory   {_size(memory)}{' in each process' if shared else ''} and the activations; disk {_size(disk)} for checkpoints ({_size(free)} free)"))

@@ -363,13 +363,13 @@ class TwoViews(torch.utils.data.Dataset):
         pair = random_views(levels, level, self.augment, stream(self.seed, self.stage, self.epoch, image))
         return pair.q, pair.k, pack_id(image, level, pair.cell)
 
-# %% ../nbs/09_views.ipynb #5880e036
+# %% ../nbs/09_views.ipynb #c4befe06
 class StageSampler(torch.utils.data.Sampler):
     """Batches of (position, level), one level in a batch, for `DataLoader(batch_sampler=…)`.
 
     The order of the images is a function of (seed, stage, epoch), the level of a batch of (seed, stage, epoch, number of the batch).
     `epoch` and `start_batch` may be set between epochs; `start_batch` leaves out batches already done (exact resume).
-    With several processes each takes every `world`-th item of the same batches, beginning with its `rank`; a last batch that cannot be shared evenly is trimmed.
+    Of `world` processes each takes its slice of the same batches, in the order of their `rank`; a last batch that cannot be shared evenly is trimmed.
     """
     def __init__(self,
         n: int,                        # number of images
@@ -404,5 +404,5 @@ class StageSampler(torch.utils.data.Sampler):
         order = stream(self.seed, self.stage, self.epoch, 0, purpose=1).permutation(self.n)
         for batch in range(self.start_batch, self.total):
             level, positions = self.level(batch), order[batch * self.batch_size:(batch + 1) * self.batch_size]
-            positions = positions[:len(positions) // self.world * self.world]
-            yield [(int(position), level) for position in positions[self.rank::self.world]]
+            each = len(positions) // self.world
+            yield [(int(position), level) for position in positions[self.rank * each:(self.rank + 1) * each]]
