@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['Position', 'Run', 'snapshot', 'save', 'diverged', 'restore', 'make_optimizer', 'update', 'read_pending', 'log_steps',
-           'Timer', 'warn', 'validate', 'train_stage', 'stop', 'end_stage', 'stage_summary', 'guard', 'Stopped',
-           'listening', 'pretrain', 'draw_pruning', 'main', 'PretrainConfig', 'plot_log']
+           'Timer', 'warn', 'validate', 'train_stage', 'stop', 'end_stage', 'compare', 'stage_summary', 'guard',
+           'Stopped', 'listening', 'pretrain', 'draw_pruning', 'main', 'PretrainConfig', 'plot_log']
 
-# %% ../nbs/13e_trainer.ipynb #c7abc823
-import argparse, math, os, signal, sys, threading, time, warnings
+# %% ../nbs/13e_trainer.ipynb #68f17c0b
+import argparse, dataclasses, math, os, signal, sys, tempfile, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
-from .checkpoint import Log, checkpoint_path, keep_newest, newest_state, read_log, save_state
-from .config import AdamError, build, override, read_yaml, tqdm
+from . import ranks
+from .checkpoint import Log, checkpoint_path, keep_newest, load_state, newest_state, read_log, save_state
+from .config import AdamError, build, override, read_yaml, to_dict, tqdm
 from .curves import plot_log
 from .feed import forewarnings, level_of, open_cache, split_indices, stage_loader, validation_batches
-from .model import Adam
+from .model import Adam, bn_permutation, in_parts, running_statistics, set_bn_splits
 from .outcome import PRUNING_PICTURE, PretrainResult, artefacts, export, load_init, state_digest, verify
 from .parts import cut_parts, middle_part, show_pruning
 from .results import read_json
@@ -41,25 +43,30 @@ class Position:
     pending: list = field(default_factory=list)   # statistics of updates that wait for their line in the log
     levels: list = field(default_factory=list)    # the levels of those updates
 
-# %% ../nbs/13e_trainer.ipynb #1eb4e21f
+# %% ../nbs/13e_trainer.ipynb #83290b0e
 _STATISTICS = ("loss", "chance", "kept", "pruned_fraction", "positive", "negative_mean", "accuracy")
 
-def _statistics(out, bank_size: int, prunes: bool) -> torch.Tensor:
-    "What the log says of one update (an `AdamOutput`), as a (7,) tensor that stays on the device: reading it at once would make a GPU wait."
-    kept = out.kept.float().mean()
-    pruned = 1 - kept / (bank_size - out.excluded.float().mean()) if prunes else torch.zeros_like(kept)      # of the keys that exclusion had left
-    return torch.stack([out.loss.detach(), out.kept.float().log1p().mean(), kept, pruned, out.positive.mean(), out.negative_mean.mean(), out.accuracy])
+def _statistics(outs, bank_size: int, prunes: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    "What the log says of one update (the `AdamOutput`s of equal parts of a batch), as a (7,) tensor, and the share of anchors without a negative. Both stay on the device: reading them at once would make a GPU wait."
+    mean = torch.stack([torch.stack([o.loss.detach(), o.kept.float().log1p().mean(), o.kept.float().mean(), o.positive.mean(), o.negative_mean.mean(), o.accuracy,
+                                     o.excluded.float().mean(), (o.kept == 0).float().mean()]) for o in outs]).mean(0)
+    ranks.average([mean])
+    loss, chance, kept, positive, negative_mean, accuracy, excluded, emptied = mean
+    pruned = 1 - kept / (bank_size - excluded) if prunes else torch.zeros_like(kept)      # of the keys that exclusion had left
+    return torch.stack([loss, chance, kept, pruned, positive, negative_mean, accuracy]), emptied
 
-# %% ../nbs/13e_trainer.ipynb #67e35f33
+# %% ../nbs/13e_trainer.ipynb #a6d74038
 class Run:
     "A pretraining run in progress: model, images, position and log."
     def __init__(self, config: PretrainConfig, out: Path, cache, device: torch.device, init_digest: str | None, only: int | None, progress: bool, on_step=None):
-        self.config, self.out, self.cache, self.device, self.only, self.progress, self.on_step = config, out, cache, device, only, progress, on_step
+        self.config, self.out, self.cache, self.device, self.only, self.on_step = config, out, cache, device, only, on_step
+        self.progress = progress and ranks.rank() == 0
         self.train = split_indices(cache, config.train_split, "train_split")
         self.val = split_indices(cache, config.val_split, "val_split") if config.val_split is not None else None
         self.stages = stage_list(config, len(self.train))
         self.model = Adam(config.backbone, config.dim, config.bank_size, config.momentum, config.temperature, config.threshold,
                           bn_splits=config.bn_splits, in_channels=config.in_channels, seed=config.seed).to(device)
+        for network in (self.model.encoder, self.model.twin_encoder): set_bn_splits(network, config.bn_splits // (ranks.world() * config.accumulate))      # of the batch's groups, those of one forward pass
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model.to(memory_format=self.layout)
         self.at, self.optimizer, self.log, self.init_digest = Position(stage=only or 0), None, None, init_digest
@@ -71,24 +78,30 @@ class Run:
         "The images of this run, as results name them."
         return {"name": self.config.data, "hash": self.cache.hash, "n": len(self.cache)}
 
-# %% ../nbs/13e_trainer.ipynb #765b49b7
+# %% ../nbs/13e_trainer.ipynb #0486fa95
 def snapshot(run: Run) -> dict:
     "All that the next update depends on, as plain values and tensors."
     at = run.at
-    return {"format": 1, "config": essence(run.config, run.only), "only": run.only, "init": run.init_digest, "data": run.data, "threads": torch.get_num_threads(),
+    return {"format": 1, "config": essence(run.config, run.only), "only": run.only, "init": run.init_digest, "data": run.data, **_machine(run.config),
             "stage": at.stage, "step": at.step, "global_step": at.global_step, "seconds": at.seconds, "best": at.best, "pending": at.pending, "levels": at.levels,
             "finished": at.stage >= run.end, "n_train": len(run.train), "n_val": 0 if run.val is None else len(run.val),
             "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict() if run.optimizer and at.step else None,
             "log": run.log.position(sync=True)}
 
+def _machine(config: PretrainConfig) -> dict:
+    "What changes the order of sums, and so the last bits of a result, but nothing else."
+    return {"threads": torch.get_num_threads(), "nproc": ranks.world(), "accumulate": config.accumulate}
+
 def save(run: Run):
-    "Write a checkpoint; weights that are not finite are never saved."
+    "Write a checkpoint; weights that are not finite are never saved. Rank 0 writes, and the others go on when it has."
     read_pending(run)
     norms = torch._foreach_norm([p for p in run.model.parameters() if p.requires_grad])
     if not torch.stack(norms).isfinite().all(): raise diverged(run)
     folder = run.out/"checkpoints"
-    save_state(checkpoint_path(folder, run.at.global_step), snapshot(run))
-    keep_newest(folder, 1 if run.at.stage >= run.end else run.config.keep)      # a finished run needs its last state alone
+    def write():
+        save_state(checkpoint_path(folder, run.at.global_step), snapshot(run))
+        keep_newest(folder, 1 if run.at.stage >= run.end else run.config.keep)      # a finished run needs its last state alone
+    ranks.first(write)
 
 def diverged(run: Run) -> AdamError:
     "The error for a loss or weights that are not finite."
@@ -110,7 +123,7 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
     if c.optimizer == "sgd": return torch.optim.SGD(parameters, lr=c.lr, momentum=c.sgd_momentum, weight_decay=c.weight_decay, fused=True)
     return torch.optim.AdamW(parameters, lr=c.lr, weight_decay=c.weight_decay, fused=True)
 
-# %% ../nbs/13e_trainer.ipynb #657c2a8d
+# %% ../nbs/13e_trainer.ipynb #44e1197a
 def _autocast(run: Run):
     return torch.autocast(run.device.type, dtype=torch.bfloat16) if run.config.precision == "bf16" else nullcontext()
 
@@ -119,6 +132,22 @@ def _put(run: Run, batch):
     x_q, x_k, ids = (t.to(run.device, non_blocking=True) for t in batch)
     return x_q.contiguous(memory_format=run.layout), x_k.contiguous(memory_format=run.layout), ids
 
+def _keys(run: Run, x_k):
+    "The keys (batch_size, dim) of the whole batch in its order, from each rank's views; a permutation of the whole batch says which of them share a group of batch normalisation."
+    c, model = run.config, run.model
+    views, order = ranks.gather(x_k).contiguous(memory_format=run.layout), None
+    if c.bn_splits > 1:
+        order = bn_permutation(len(views), c.seed, model.updates).to(views.device)
+        views = views[order[ranks.share(len(order))]]
+    shuffled = ranks.gather(torch.cat([model.embed_key(part) for part in in_parts(model.twin_encoder, views.chunk(c.accumulate))]))
+    if order is None: return shuffled
+    keys = torch.empty_like(shuffled)
+    keys[order] = shuffled
+    return keys
+
+def _fail(error: AdamError | None):
+    if error: raise error from None
+
 def update(run: Run, stage: Stage, batch):
     "One update of encoder, head, twin and bank (paper, section 2, *Overall training*)."
     c, model, at = run.config, run.model, run.at
@@ -126,21 +155,27 @@ def update(run: Run, stage: Stage, batch):
     x_q, x_k, ids = _put(run, batch)
     prunes = stage.prunes and at.global_step >= c.prune_after
     for group in run.optimizer.param_groups: group["lr"] = learning_rate(c, stage, at.step)
-    try:
-        with _autocast(run): out = model(x_q, x_k, ids, prune=prunes, exclude_own=c.exclude_own)
-    except AdamError as e:
-        raise diverged(run) if "diverged" in str(e) else e from None
-    if run.device.type == "cpu" and not math.isfinite(out.loss.item()): raise diverged(run)
-    at.pending.append(_statistics(out, c.bank_size, prunes)); at.levels.append(level)
-    run.anchors, run.emptied = out.q.detach(), (out.kept == 0).float().mean()
+    with _autocast(run): keys = _keys(run, x_k)
     run.optimizer.zero_grad(set_to_none=True)
-    out.loss.backward()
+    outs, failed = [], None
+    try:
+        own = keys[ranks.share(len(keys))]
+        for x, k, some in in_parts(model.encoder, list(zip(x_q.chunk(c.accumulate), own.chunk(c.accumulate), ids.chunk(c.accumulate)))):
+            with _autocast(run): outs.append(model.contrast(model.embed_query(x), k, some, prune=prunes, exclude_own=c.exclude_own))
+            (outs[-1].loss / c.accumulate).backward()
+    except AdamError as e: failed = diverged(run) if "diverged" in str(e) else e
+    if ranks.anyone(failed is not None): ranks.agree(lambda: _fail(failed))       # on all ranks, or some would wait for ever
+    row, run.emptied = _statistics(outs, c.bank_size, prunes)
+    if run.device.type == "cpu" and not math.isfinite(row[0].item()): raise diverged(run)
+    at.pending.append(row); at.levels.append(level)
+    run.anchors = torch.cat([o.q.detach() for o in outs])
+    if ranks.world() > 1: ranks.average([p.grad for p in model.parameters() if p.grad is not None] + running_statistics(model))
     run.optimizer.step()
     model.update_twin()
-    model.enqueue(out.k, ids)
+    model.enqueue(keys, ranks.gather(ids))
     at.step += 1; at.global_step += 1
 
-# %% ../nbs/13e_trainer.ipynb #a15c3c6e
+# %% ../nbs/13e_trainer.ipynb #af07db96
 def read_pending(run: Run):
     "Turn waiting statistics into numbers (one wait for the device); refuse a loss that is not finite."
     at = run.at
@@ -155,7 +190,7 @@ def log_steps(run: Run, stage: Stage, timer: "Timer") -> dict:
     at, c = run.at, run.config
     mean = dict(zip(_STATISTICS, np.mean(at.pending, axis=0).tolist()))
     levels = sorted(set(at.levels))
-    spread, rank = spread_of(run.anchors.float().cpu())
+    spread, rank = spread_of(ranks.gather(run.anchors).float().cpu())
     line = dict(stage=stage.index, step=at.step, global_step=at.global_step, level=levels[0] if len(levels) == 1 else levels, epoch=(at.step - 1) // stage.steps_per_epoch,
                 loss=mean["loss"], chance=mean["chance"], kept=mean["kept"], kept_fraction=mean["kept"] / c.bank_size, pruned_fraction=mean["pruned_fraction"],
                 positive=mean["positive"], negative_mean=mean["negative_mean"], accuracy=mean["accuracy"], spread=spread, effective_rank=rank, emptied=float(run.emptied), bank_fill=run.model.bank.filled,
@@ -164,7 +199,7 @@ def log_steps(run: Run, stage: Stage, timer: "Timer") -> dict:
     at.pending, at.levels = [], []
     return line
 
-# %% ../nbs/13e_trainer.ipynb #3e6c2dc5
+# %% ../nbs/13e_trainer.ipynb #eb1b02e4
 class Timer:
     "Seconds and updates since it was last read, and how many of the seconds the loop waited for views."
     def __init__(self): self.start, self.waited, self.updates = time.perf_counter(), 0.0, 0
@@ -184,27 +219,33 @@ class Timer:
         iterator = iter(loader)
         while True:
             before = time.perf_counter()
-            batch = next(iterator, None)
+            try: batch = next(iterator, None)
+            except AdamError as e: raise ranks.Alone(f"Rank {ranks.rank()}: {e}") if ranks.world() > 1 else e
             self.waited += time.perf_counter() - before
             if batch is None: return
             self.updates += 1       # before the batch is handed over: the loop reads the timer while it has it
             yield batch
 
-# %% ../nbs/13e_trainer.ipynb #9f623141
+# %% ../nbs/13e_trainer.ipynb #bf22bbb9
 def warn(run: Run, message: str):
     "Tell the user, and the log."
+    if ranks.rank(): return
     run.log.write("warning", stage=run.at.stage, global_step=run.at.global_step, message=message)
     warnings.warn_explicit(message, UserWarning, "pretraining", run.at.stage)      # no line of ours in it: the user's parameters are meant
 
-# %% ../nbs/13e_trainer.ipynb #cdc1b7f1
+# %% ../nbs/13e_trainer.ipynb #c2a162c9
 def validate(run: Run, stage: Stage) -> dict:
     "InfoNCE (unpruned, but for `recipe: authors`) and accuracy on the validation images, means over images and levels; written to the log."
+    authors = run.config.recipe == "authors"                   # whose validation changes twin and bank: each rank does the whole of it, and all change alike
     rows, n = [], 0
-    for batch in validation_batches(run.config, run.cache, run.val, stage):
+    for batch in validation_batches(run.config, run.cache, run.val, stage, shared=not authors):
         x_q, x_k, ids = _put(run, batch)
-        with _autocast(run): out = _as_authors_validate(run, stage, x_q, x_k, ids) if run.config.recipe == "authors" else run.model.validation_loss(x_q, x_k, ids, exclude_own=run.config.exclude_own)
+        with _autocast(run): out = _as_authors_validate(run, stage, x_q, x_k, ids) if authors else run.model.validation_loss(x_q, x_k, ids, exclude_own=run.config.exclude_own)
         rows.append(torch.stack([out.loss, out.kept.float().log1p().mean(), out.accuracy]) * len(ids)); n += len(ids)
-    loss, chance, accuracy = (torch.stack(rows).sum(0) / n).tolist()
+    total = torch.stack(rows).sum(0) if rows else run.model.bank.keys.new_zeros(3)          # of three images four ranks leave one without
+    count = total.new_tensor(n)
+    ranks.average([total, count])
+    loss, chance, accuracy = (total / count).tolist()
     at = run.at
     line = dict(stage=stage.index, step=at.step, global_step=at.global_step, loss=loss, chance=chance, accuracy=accuracy,
                 bank_renewed=at.step * run.config.batch_size >= run.config.bank_size, n_images=len(run.val))
@@ -223,7 +264,7 @@ def _as_authors_validate(run: Run, stage: Stage, x_q, x_k, ids):
     model.update_twin(); model.enqueue(out.k, ids)
     return out
 
-# %% ../nbs/13e_trainer.ipynb #e5b35fe8
+# %% ../nbs/13e_trainer.ipynb #e7e95c4e
 def _bar(run: Run, stage: Stage):
     "A progress bar over what is left of a stage."
     return tqdm(total=stage.steps, initial=run.at.step, desc=f"stage {stage.index}, level {', '.join(map(str, stage.levels))}", unit="update", disable=not run.progress)
@@ -243,6 +284,7 @@ def train_stage(run: Run, stage: Stage):
             for batch in batches:
                 update(run, stage, batch)
                 ends = at.step == stage.steps
+                if ends or at.step % stage.steps_per_epoch == 0: compare(run)
                 if ends or at.step % c.log_every == 0:
                     line = log_steps(run, stage, timer)
                     bar.update(at.step - bar.n); bar.set_postfix(loss=f"{line['loss']:.2f}", chance=f"{line['chance']:.2f}", kept=f"{line['kept_fraction']:.0%}")
@@ -253,20 +295,28 @@ def train_stage(run: Run, stage: Stage):
                     if ends: end_stage(run, stage)
                     elif at.step % c.checkpoint_every == 0: save(run)
                     if run.on_step: run.on_step(at.global_step)
-                    if run.signal and at.stage < run.end: stop(run)
+                    if ranks.anyone(run.signal is not None) and at.stage < run.end: stop(run)
     finally: batches.close()
 
 def stop(run: Run):
     "Save the state and leave, because a signal asks for it."
     if run.at.step: save(run)                       # between two stages it has just been saved
-    raise Stopped(f"{run.signal} received: the state after update {run.at.global_step} is saved in {run.out/'checkpoints'}; the same command goes on from there.")
+    name = next(s for s in ranks.collect(run.signal) if s)
+    raise Stopped(f"{name} received: the state after update {run.at.global_step} is saved in {run.out/'checkpoints'}; the same command goes on from there.")
 
 def end_stage(run: Run, stage: Stage):
     "Close a stage in the log and save the state from which the next one begins."
-    run.log.write("stage_end", **stage_summary(run, stage))
+    if ranks.rank() == 0: run.log.write("stage_end", **stage_summary(run, stage))
     run.at.stage, run.at.step, run.optimizer = stage.index + 1, 0, None
     if run.at.stage >= run.end: run.log.write("finished", global_step=run.at.global_step, seconds=round(run.at.seconds, 1))
     save(run)
+
+def compare(run: Run):
+    "Stop when bank or twin of a rank differs from those of rank 0: a fault of the machine or of this program, which would otherwise go on unseen."
+    if ranks.world() == 1: return
+    parts = {"memory bank": run.model.bank, "twin": run.model.twin_encoder, "head of the twin": run.model.twin_head}
+    ranks.same({name: state_digest({"model": {k: v.cpu() for k, v in part.state_dict().items()}}) for name, part in parts.items()},
+               f"the ranks no longer train as one after update {run.at.global_step}; start again from the last checkpoint, and if it happens again, look for a faulty device.")
 
 # %% ../nbs/13e_trainer.ipynb #bf054a16
 def stage_summary(run: Run, stage: Stage) -> dict:
@@ -279,33 +329,29 @@ def stage_summary(run: Run, stage: Stage) -> dict:
     out |= {f"val_{k}": seen[-1][k] if seen else None for k in ("loss", "chance", "accuracy")}
     return dict(stage=stage.index, levels=list(stage.levels), steps=stage.steps, global_step=run.at.global_step, seconds=round(sum(e["seconds"] for e in steps), 2)) | out
 
-# %% ../nbs/13e_trainer.ipynb #ff6ed5c3
+# %% ../nbs/13e_trainer.ipynb #3960bf52
 def guard(run: Run, stage: Stage, line: dict):
     "Say the signs of a log line, or stop because of them."
     before = (run.at.step - 1) // run.config.log_every * run.config.log_every         # the line before this one; nothing remembered, so that a resumed run says the same
     if not before < settled(run.config, stage) <= run.at.step: return
-    for sign in signs(line):
+    for sign in ranks.first(lambda: signs(line)):
         sentence = f"stage {stage.index}: after {run.at.step} updates {sign}"
         if run.config.on_collapse == "error":
             save(run)
             raise AdamError(f"{sentence} (on_collapse: error stopped the run; the state is saved.)")
         warn(run, sentence)
 
-# %% ../nbs/13e_trainer.ipynb #fb5f0163
+# %% ../nbs/13e_trainer.ipynb #dbbd5df6
 class Stopped(AdamError):
     "A signal has asked the run to stop; its state is saved, and the same command goes on."
 
 @contextmanager
 def listening(run: Run):
-    "While the run trains, SIGTERM and SIGUSR1 set `run.signal`. Only a process's main thread can listen; elsewhere nothing is changed."
+    "While the run trains, SIGTERM and SIGUSR1 set `run.signal`."
     def note(number, _): run.signal = signal.Signals(number).name
-    numbers = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1") if hasattr(signal, n)] if threading.current_thread() is threading.main_thread() else []
-    before = {n: signal.signal(n, note) for n in numbers}
-    try: yield
-    finally:
-        for n, handler in before.items(): signal.signal(n, handler if handler is not None else signal.SIG_DFL)
+    with ranks.handling(note): yield
 
-# %% ../nbs/13e_trainer.ipynb #15a06157
+# %% ../nbs/13e_trainer.ipynb #a18715e3
 def pretrain(
     config: PretrainConfig,
     out: str | os.PathLike,                    # folder of the run
@@ -317,27 +363,47 @@ def pretrain(
 ) -> PretrainResult:
     """Pretrain in stages (paper, section 2) from a config alone; the same call again resumes, or says that the run is finished.
 
+    With `config.nproc` above 1 it is done by so many processes, which are started here unless torchrun has started them.
     `out` ends with checkpoints/, log.jsonl, encoder.safetensors, encoder_last.safetensors and pretrain.json (a result of kind
     "pretrain"). On a CPU a resumed run, and a stage list that is run one by one, end with the same bits as a run in one go
     (same number of threads). `AdamError` for all that the user can mend.
     """
-    config, out = check(config), Path(out)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise AdamError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but pretraining is one process, and several would write into one folder; start it without torchrun.")
+    out = Path(out)
+    if config.nproc > 1 and not ranks.launched(): return _launch(check(config), out, only, init, progress, arm, on_step)
+    with ranks.group():
+        config = ranks.agree(lambda: check(dataclasses.replace(config, nproc=ranks.world())))
+        local = ("data_root", "cache", "workers", "threads")                  # may differ from machine to machine
+        ranks.same({k: v for k, v in to_dict(config).items() if k not in local} | {"out": str(out), "only": only, "arm": arm}, "start all ranks with the same parameters.")
+        progress = progress and ranks.rank() == 0
+        found, start, digest_ = _where(config, out, only, init)
+        if found and found[1]["finished"]:
+            ranks.first(lambda: all(p.is_file() for p in artefacts(out)) or export(config, found[1], out, arm))
+            if progress: print(f"{out} is finished ({found[1]['global_step']} updates); nothing to do.")
+        else:
+            threads = torch.get_num_threads()
+            if config.threads: torch.set_num_threads(config.threads)
+            try: _train(config, out, only, start, digest_, found and found[1], progress, arm, on_step)
+            finally: torch.set_num_threads(threads)
+        return _result(out, ranks.first(lambda: read_json(out/"pretrain.json")["metrics"]))
+
+def _result(out: Path, metrics: dict) -> PretrainResult:
+    return PretrainResult(out, out/"encoder.safetensors", out/"encoder_last.safetensors", out/"log.jsonl", metrics)
+
+def _where(config: PretrainConfig, out: Path, only: int | None, init):
+    "Where a run begins: (path, state) of its newest checkpoint or None, the state of `init` or None, and that one's digest; the same on all ranks, since rank 0 names the file."
     if only is not None and not 0 <= only < len(config.stages): raise AdamError(f"only={only}, but 'stages' has {len(config.stages)} elements; give 0 to {len(config.stages) - 1}.")
-    found = newest_state(out/"checkpoints")
-    if only and init is None: raise AdamError(f"only={only} goes on from an earlier stage: give init=, the folder in which stage {only - 1} was run.")
-    start = load_init(config, init, only) if init is not None and (found is None or Path(init).exists()) else None
-    digest_ = state_digest(start) if start else None
-    if found: verify(config, found[1], found[0], only, digest_)
-    if found and found[1]["finished"]:
-        if not all(p.is_file() for p in artefacts(out)): export(config, found[1], out, arm)
-        if progress: print(f"{out} is finished ({found[1]['global_step']} updates); nothing to do.")
-    else:
-        threads = torch.get_num_threads()
-        if config.threads: torch.set_num_threads(config.threads)
-        try: _train(config, out, only, start, digest_, found and found[1], progress, arm, on_step)
-        finally: torch.set_num_threads(threads)
-    return PretrainResult(out, out/"encoder.safetensors", out/"encoder_last.safetensors", out/"log.jsonl", read_json(out/"pretrain.json")["metrics"])
+    found = ranks.agree(lambda: newest_state(out/"checkpoints") if ranks.rank() == 0 else None)
+    path = ranks.collect(found and found[0])[0]
+    def look():
+        at = found if found or path is None else (path, load_state(path))
+        if only and init is None: raise AdamError(f"only={only} goes on from an earlier stage: give init=, the folder in which stage {only - 1} was run.")
+        start = load_init(config, init, only) if init is not None and (at is None or Path(init).exists()) else None
+        digest_ = state_digest(start) if start else None
+        if at: verify(config, at[1], at[0], only, digest_)
+        return at, start, digest_
+    at, start, digest_ = ranks.agree(look)
+    ranks.same({"init": digest_}, "all ranks must see the same folders.")
+    return at, start, digest_
 
 # %% ../nbs/13e_trainer.ipynb #e43b7799
 def draw_pruning(run: Run, films: int = 24):
@@ -353,51 +419,77 @@ def draw_pruning(run: Run, films: int = 24):
     figure = show_pruning(parts, middle_part(level), run.config.threshold, temperature=run.config.temperature)
     figure.savefig(run.out/PRUNING_PICTURE, dpi=80, bbox_inches="tight")
 
-# %% ../nbs/13e_trainer.ipynb #5deaf4c7
+# %% ../nbs/13e_trainer.ipynb #5eb5ac2e
 def _train(config, out, only, start, init_digest, state, progress, arm, on_step):
     "Train what is left of a run, and write its outcome."
-    cache = open_cache(config, out, progress)
-    run = Run(config, out, cache, _device(config), init_digest if state is None else state["init"], only, progress, on_step)
-    run.log = Log(out/"log.jsonl", state["log"] if state else 0)
+    run = ranks.agree(lambda: Run(config, out, open_cache(config, out, progress), _device(config), init_digest if state is None else state["init"], only, progress, on_step))
+    ranks.same({"data": run.data}, "prepare the same images on all machines.")
+    run.log = ranks.agree(lambda: Log(out/"log.jsonl", state["log"] if state else 0) if ranks.rank() == 0 else _Silent())
     try:
         if state:
             if state["data"] != run.data: raise AdamError(f"The images have changed since the checkpoint in {out} was written (another data hash); train into another folder, or restore the images.")
             restore(run, state)
-            if state["threads"] != torch.get_num_threads(): warnings.warn(f"This run began with {state['threads']} threads and goes on with {torch.get_num_threads()}; results then differ in the last bits. Set 'threads' to have them equal.", stacklevel=2)
+            for key, now in _machine(config).items():
+                if state.get(key, 1) != now: warnings.warn(f"This run began with {key}: {state.get(key, 1)} and goes on with {now}; results then differ in the last bits. Set '{key}' to have them equal.", stacklevel=2)
         elif start:
             run.model.load_state_dict(start["model"])
             run.at.global_step = start["global_step"]
-        if progress: print(overview(config, run.cache, run.train, run.stages[run.at.stage:run.end], run.model, device=str(run.device), out=out))
+        screen = ranks.first(lambda: overview(config, run.cache, run.train, run.stages[run.at.stage:run.end], run.model, device=run.device.type, out=out))
+        if progress: print(screen)
         with listening(run):
             while run.at.stage < run.end: train_stage(run, run.stages[run.at.stage])
-            draw_pruning(run)
-            export(config, snapshot(run), out, arm)
+            def outcome(): draw_pruning(run); export(config, snapshot(run), out, arm)
+            ranks.first(outcome)
     finally: run.log.close()
+
+class _Silent:
+    "The log of a rank that writes none."
+    def write(self, event, **values): pass
+    def position(self, sync=False): return 0
+    def close(self): pass
 
 def _device(config: PretrainConfig) -> torch.device:
     "The device that a config means. `AdamError` when there is no such one."
     if config.device == "cuda" and not torch.cuda.is_available(): raise AdamError("'device' is cuda, but torch sees no CUDA device; set device: auto or cpu.")
-    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if config.device == "cpu" or not torch.cuda.is_available(): return torch.device("cpu")
+    if ranks.world() == 1: return torch.device("cuda")
+    local = int(os.environ.get("LOCAL_RANK", 0))                # one GPU a rank
+    if local >= torch.cuda.device_count(): raise AdamError(f"This machine has {torch.cuda.device_count()} CUDA devices, too few for its processes; start fewer ('nproc', or torchrun --nproc_per_node), or set device: cpu.")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
-# %% ../nbs/13e_trainer.ipynb #d59111e5
+# %% ../nbs/13e_trainer.ipynb #3e4542de
+def _launch(config, out: Path, only, init, progress, arm, on_step) -> PretrainResult:
+    "`pretrain` in `config.nproc` processes of their own."
+    if on_step: raise AdamError("on_step is called in the process that trains; use it with nproc: 1.")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)/"parameters.yaml"
+        path.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
+        more = [*(["--only", str(only)] if only is not None else []), *(["--init", str(init)] if init is not None else []), *([] if progress else ["--quiet"])]
+        code, said = ranks.launch(config.nproc, "adam_nb.trainer", [str(path), "--out", str(out), "--arm", arm, *more])
+    if code: raise (Stopped if code == 75 else AdamError)(said or f"The {config.nproc} processes ended with code {code}; what they have said stands above.")
+    return _result(out, read_json(out/"pretrain.json")["metrics"])
+
+# %% ../nbs/13e_trainer.ipynb #76e94c0b
 def main(argv: list[str] | None = None) -> int:
     "Pretrain from a YAML file. What the user can mend is one sentence on stderr and exit code 2; 75 after SIGTERM or SIGUSR1, when the same command goes on."
     p = argparse.ArgumentParser("python -m adam_nb.trainer", description="Coarse-to-fine pretraining; the same command again resumes.")
     p.add_argument("config", help="YAML file of parameters"); p.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. lr=3e-4 stages=[0,2]")
     p.add_argument("--out", required=True, help="folder of the run"); p.add_argument("--only", type=int, help="run this element of the stage list alone")
     p.add_argument("--init", help="… from the last state in this folder"); p.add_argument("--arm", default="adam", help="the recipe's name in results")
+    p.add_argument("--quiet", action="store_true", help="no bars and no closing line")
     a = p.parse_intermixed_args(argv)
     try:
-        config = build(PretrainConfig, override(read_yaml(a.config), a.overrides), a.config)
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-            done = pretrain(config, a.out, a.only, a.init, arm=a.arm)
-        print(f"{done.encoder}: loss {done.summary['loss']:.3f} at chance {done.summary['chance']:.3f}, {done.summary['accuracy']:.0%} of positives found")
+        with ranks.group(), warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: ranks.rank() or print(f"warning: {message}", file=sys.stderr)
+            config = ranks.agree(lambda: build(PretrainConfig, override(read_yaml(a.config), a.overrides), a.config))
+            done = pretrain(config, a.out, a.only, a.init, progress=not a.quiet, arm=a.arm)
+            if ranks.rank() == 0 and not a.quiet and (config.nproc == 1 or ranks.launched()): print(f"{done.encoder}: loss {done.summary['loss']:.3f} at chance {done.summary['chance']:.3f}, {done.summary['accuracy']:.0%} of positives found")
     except AdamError as e:
-        print(f"adam_nb.trainer: {e}", file=sys.stderr)
+        if ranks.rank() == 0 or isinstance(e, ranks.Alone): print(f"adam_nb.trainer: {e}", file=sys.stderr)
         return 75 if isinstance(e, Stopped) else 2
     except KeyboardInterrupt:
-        print("adam_nb.trainer: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        if ranks.rank() == 0: print("adam_nb.trainer: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
     return 0
 
