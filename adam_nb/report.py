@@ -241,7 +241,7 @@ def _main_n(r: dict) -> str:
     "How much a result rests on, with its unit."
     return next((f"{r['n'][k]} {k.replace('_', ' ')}" for k in ("test_images", "patches", "films", "cells") if r["n"].get(k) is not None), "?")
 
-# %% ../nbs/25_report.ipynb #f8859e59
+# %% ../nbs/25_report.ipynb #28fbdb86
 def _says(*sentences: str) -> str:
     "Sentences as paragraphs, each once, in the order in which they were last said."
     once = reversed(list(dict.fromkeys(reversed([s for s in sentences if s]))))
@@ -268,7 +268,7 @@ def _cutting(run: Run, album: _Album) -> str:
     found = {a: 100 * v for a in arms if math.isfinite(v := _tail(run, a, "val_accuracy"))}
     if found: sentences.append("With no key pruned, the validation films' positive is at the end the most similar of all candidates, in % of cases: " + _listed(f"{arm_name(a)} {v:.0f}" for a, v in found.items()) + " (at different levels these are different tasks).")
     stage_pictures = "".join(album.picture(str(Path(r["_path"]).parent/name), f"{title} ({Path(r['_path']).parent})") for r in run.results if r["kind"] == "pretrain" and r["seeds"].get("pretrain_seed") in (None, *seeds_of(run)[:1]) for title, name in (r.get("pictures") or {}).items())
-    return _says(*sentences) + f'<div>{shown}</div>' + (f'<div class="pair">{stage_pictures}</div>' if stage_pictures else "") + _figures(run, "pruning")
+    return _says(*sentences) + f'<div>{shown}</div>' + (f'<div>{stage_pictures}</div>' if stage_pictures else "") + _figures(run, "pruning")
 
 # %% ../nbs/25_report.ipynb #9240a09d
 def _loss(run: Run, album: _Album) -> str:
