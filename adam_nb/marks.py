@@ -7,8 +7,8 @@ __all__ = ['INK', 'GRID', 'PAPER', 'STYLE', 'GREY', 'ORANGE', 'SKY', 'GREEN', 'B
            'from_run', 'new_panels', 'smooth', 'legend_below', 'note', 'columns_in', 'number', 'dot', 'name_rows',
            'spread']
 
-# %% ../nbs/23b_marks.ipynb #64317c4f
-import functools, math
+# %% ../nbs/23b_marks.ipynb #c3bf5172
+import functools, math, textwrap
 
 import numpy as np
 from matplotlib import rc_context
@@ -64,7 +64,7 @@ def smooth(y: np.ndarray, width: int) -> np.ndarray:
     total, count = np.convolve(np.where(ok, y, 0), kernel, "same"), np.convolve(ok, kernel, "same")
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
-# %% ../nbs/23b_marks.ipynb #6a2b0608
+# %% ../nbs/23b_marks.ipynb #27132180
 def legend_below(fig: Figure, *axes, columns: int = 6, **kwargs):
     "One legend for the whole figure, under it, of the labels in `axes`."
     entries = {}
@@ -73,8 +73,8 @@ def legend_below(fig: Figure, *axes, columns: int = 6, **kwargs):
     if entries: fig.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=min(columns, len(entries)), **kwargs)
 
 def note(fig: Figure, text: str):
-    "A line above all panels: n, and how to read the marks."
-    if text: fig.suptitle(text, fontsize=11.5, x=0.01, ha="left")
+    "Above all panels: n, and how to read the marks; broken into lines that fit the figure."
+    if text: fig.suptitle(textwrap.fill(text, max(20, int(11.5 * fig.get_figwidth()))), fontsize=11.5, x=0.01, ha="left")
 
 def columns_in(axes: list) -> int: return axes[0].get_subplotspec().get_gridspec().ncols
 

@@ -205,7 +205,7 @@ def verdict(
     return [first + f" {arm_name(best)} − {arm_name(second)}, over the {d['n_seeds']} pretraining seeds that both have: {mean}{' points' if unit == ' %' else unit}; the 95 % interval, {low} to {high}, "
             + ("excludes zero." if d["low"] > 0 or d["high"] < 0 else "includes zero: the order may be chance.")]
 
-# %% ../nbs/25_report.ipynb #5e8e2d7f
+# %% ../nbs/25_report.ipynb #78deab0b
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
@@ -213,10 +213,11 @@ def _listed(values) -> str: return ", ".join(dict.fromkeys(str(v) for v in value
 
 def _about(run: Run, album: _Album) -> str:
     every, trained = run.results, [r for r in run.results if r["kind"] == "pretrain"]
-    done = sum((run.folder/inside(run, n["output"])).is_file() for n in run.nodes)
+    steps = [n for n in run.nodes if n.get("notebook") != "report"]         # this page itself does not count
+    done = sum((run.folder/inside(run, n["output"])).is_file() for n in steps)
     commits = {r.get("commit") for r in every}
     updates = {a: sum(r["n"].get("updates") or 0 for r in pretraining(run, a, (seeds_of(run) or [0])[0])) for a in arms_of(run)}
-    rows = [("Run", run.folder.resolve().name), ("Progress", f"{done} of {len(run.nodes)} nodes" if run.nodes else "no plan.json"), ("Arms", _listed(arm_name(a) for a in arms_of(run))),
+    rows = [("Run", run.folder.resolve().name), ("Progress", f"{done} of {len(steps)} nodes" if run.nodes else "no plan.json"), ("Arms", _listed(arm_name(a) for a in arms_of(run))),
             ("Pretraining data", _listed(f"{r['data'].get('name')}, n = {r['n'].get('train_images', r['data'].get('n'))} training images, hash {r['data'].get('hash')}" for r in trained)),
             ("Prepared images", _prepared(run)), ("Judged on", _listed(f"{r['data'].get('name')} ({r['kind']}, n = {_main_n(r)})" for r in every if r["kind"] != "pretrain")),
             ("Pretraining seeds", _listed(seeds_of(run))), ("Seeds of the draws of films", _listed(s for r in every for s in (r["seeds"].get("draw_seeds") or []))),
