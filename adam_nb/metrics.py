@@ -6,25 +6,30 @@
 __all__ = ['counts', 'dice_of', 'iou_of', 'dice_pooled', 'dice_per_image', 'iou', 'bootstrap_ci', 'overlap_scores', 'auroc',
            'auprc', 'auroc_ci']
 
-# %% ../nbs/15_metrics.ipynb #bc7e23a8
+# %% ../nbs/15_metrics.ipynb #9570a274
 import numpy as np
 from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from .config import AdamError
 
-# %% ../nbs/15_metrics.ipynb #3bb92e59
+# %% ../nbs/15_metrics.ipynb #f97ad6e0
 def counts(
     pred,      # (N, H, W) masks as predicted, bool
     target,    # (N, H, W) true masks, bool
+    valid=None,    # bool, of a shape that broadcasts to theirs: pixels that count; None: all
 ) -> np.ndarray:
     "Pixels per image as `(N, 3)` int64: in both masks, only in `pred`, only in `target`. Arrays or tensors; 0/1 numbers count as bool."
     pred, target = np.asarray(pred), np.asarray(target)
     if pred.shape != target.shape or pred.ndim < 2: raise AdamError(f"Masks must have one shape (N, H, W); got {pred.shape} and {target.shape}.")
-    p, t = (x.astype(bool).reshape(len(x), int(np.prod(x.shape[1:]))) for x in (pred, target))
+    masks = [x.astype(bool) for x in (pred, target)]
+    if valid is not None:
+        try: masks = [np.logical_and(x, np.broadcast_to(np.asarray(valid, bool), x.shape)) for x in masks]
+        except ValueError: raise AdamError(f"What counts has the shape {np.shape(valid)}, which does not fit masks of {pred.shape}.") from None
+    p, t = (x.reshape(len(x), int(np.prod(x.shape[1:]))) for x in masks)
     return np.stack([(p & t).sum(1), (p & ~t).sum(1), (~p & t).sum(1)], 1).astype(np.int64)
 
-# %% ../nbs/15_metrics.ipynb #82fff7ce
+# %% ../nbs/15_metrics.ipynb #fe57260f
 def _ratio(above, below): return np.where(below > 0, above / np.maximum(below, 1), 1.0)
 
 def dice_of(table):
@@ -37,7 +42,7 @@ def iou_of(table):
     both, only_pred, only_target = np.moveaxis(np.asarray(table, dtype=float), -1, 0)
     return _ratio(both, both + only_pred + only_target)
 
-# %% ../nbs/15_metrics.ipynb #15f1e1d2
+# %% ../nbs/15_metrics.ipynb #901f4160
 def dice_pooled(pred, target) -> float:
     "Dice over all pixels of all images together; masks `(N, H, W)`."
     return float(dice_of(counts(pred, target).sum(0)))
@@ -50,7 +55,7 @@ def iou(pred, target) -> float:
     "Intersection over union over all pixels of all images together; masks `(N, H, W)`."
     return float(iou_of(counts(pred, target).sum(0)))
 
-# %% ../nbs/15_metrics.ipynb #e2c5265f
+# %% ../nbs/15_metrics.ipynb #493a99ce
 def bootstrap_ci(
     per_sample,             # (N,) scores, or (N, k) rows that `statistic` understands
     groups=None,            # (N,) patient of each sample; None: each sample stands for itself
@@ -58,6 +63,7 @@ def bootstrap_ci(
     statistic=None,         # rows of a resample -> number; None: the mean
     resamples: int = 1000,
     level: float = 0.95,
+    of_sums=None,           # instead of `statistic`: column sums of resamples (R, k) -> (R,) numbers; fast, for what depends on sums alone
 ) -> tuple[float, float]:
     """Percentile bootstrap interval that resamples whole groups; too short with fewer than about ten of them.
 
@@ -69,7 +75,12 @@ def bootstrap_ci(
     n = which.max() + 1 if len(x) else 0
     if n < 2: return float("nan"), float("nan")
     draws = np.random.default_rng(seed).integers(0, n, (resamples, n))
-    if statistic is None:                       # sums of groups suffice for a mean
+    if of_sums is not None:
+        rows = x.reshape(len(x), -1)
+        total = np.stack([np.bincount(which, c, n) for c in rows.T], 1)
+        part = max(1, 10**7 // total.size)      # resamples at a time: little memory
+        values = np.concatenate([of_sums(total[draws[i:i + part]].sum(1)) for i in range(0, resamples, part)])
+    elif statistic is None:                     # sums of groups suffice for a mean
         if x.ndim != 1: raise AdamError(f"Scores must have the shape (N,), not {x.shape}; for rows give a `statistic`.")
         seen = ~np.isnan(x)
         total, size = np.bincount(which, np.where(seen, x, 0), n), np.bincount(which, seen, n)
@@ -82,7 +93,7 @@ def bootstrap_ci(
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
-# %% ../nbs/15_metrics.ipynb #0751f994
+# %% ../nbs/15_metrics.ipynb #94031845
 def overlap_scores(
     table,             # (N, 3) counts of one channel
     groups=None,       # (N,) patients
@@ -93,12 +104,12 @@ def overlap_scores(
     if not len(table): raise AdamError("There is no image to score; the test part is empty.")
     images = dice_of(table)
     low, high = bootstrap_ci(images, groups, seed)
-    pooled_low, pooled_high = bootstrap_ci(table, groups, seed, lambda rows: float(dice_of(rows.sum(0))), resamples=300)
+    pooled_low, pooled_high = bootstrap_ci(table, groups, seed, of_sums=dice_of)
     return {"dice_image": float(images.mean()), "dice_image_low": low, "dice_image_high": high,
             "dice_pooled": float(dice_of(table.sum(0))), "dice_pooled_low": pooled_low, "dice_pooled_high": pooled_high,
             "iou_image": float(iou_of(table).mean()), "iou_pooled": float(iou_of(table.sum(0)))}
 
-# %% ../nbs/15_metrics.ipynb #c6380a91
+# %% ../nbs/15_metrics.ipynb #61e2521c
 def _per_class(score, labels, scores, names, min_count):
     labels, scores = np.asarray(labels, dtype=float), np.asarray(scores, dtype=float)
     if labels.ndim == 1: labels, scores = labels[:, None], scores.reshape(len(scores), -1)
@@ -120,7 +131,7 @@ def _per_class(score, labels, scores, names, min_count):
     used = [v for v in per_class.values() if not np.isnan(v)]
     return {"mean": float(np.mean(used)) if used else float("nan"), "per_class": per_class, "too_few": few, "classes": len(used)}
 
-# %% ../nbs/15_metrics.ipynb #e34e0eb8
+# %% ../nbs/15_metrics.ipynb #71dab2e0
 def auroc(
     labels,                 # (N, C) or (N,): 0, 1 or NaN = unknown
     scores,                 # (N, C) or (N,): larger = more likely; any monotone scale
@@ -134,7 +145,7 @@ def auprc(labels, scores, names=None, min_count: int = 10) -> dict:
     "Average precision, in the form of `auroc`. Its level for random scores is the share of positives: compare it only on one test part."
     return _per_class(average_precision_score, labels, scores, names, min_count)
 
-# %% ../nbs/15_metrics.ipynb #4d26ff4b
+# %% ../nbs/15_metrics.ipynb #7fa28c05
 def _rank_auroc(y, s):
     "AUROC by ranks; NaN with one class only."
     positive, n = int(y.sum()), len(y)
