@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/26_widgets.ipynb #a5df64f9
+# %% ../../nbs/26_widgets.ipynb #97bd4e16
 from ..decomposer import show_decomposition
 from ..draw import show_boxes, show_images, show_landmarks, show_masks
 from ..parts import Parts, cut_parts, show_pruning
 from ..views import show_views
 from .decomposer import DecomposerExplorer, show_part
-from .pruner import PrunerExplorer, parts_of_run
+from .frame import Explorer, Films
+from .banks import parts_of_run, stages_of_run, structures
+from .pruner import PrunerExplorer
 
-# %% ../../nbs/26_widgets.ipynb #f6be9281
-__all__ = ["DecomposerExplorer", "PrunerExplorer", "Parts", "cut_parts", "parts_of_run", "show_boxes", "show_decomposition", "show_images",
+# %% ../../nbs/26_widgets.ipynb #6b635cd3
+__all__ = ["DecomposerExplorer", "Explorer", "Films", "PrunerExplorer", "Parts", "cut_parts", "parts_of_run", "stages_of_run", "structures", "show_boxes", "show_decomposition", "show_images",
            "show_landmarks", "show_masks", "show_part", "show_pruning", "show_views"]
