@@ -6,7 +6,7 @@
 __all__ = ['CONFIGS', 'Preset', 'config_class', 'preset_names', 'preset_folder', 'read_preset', 'modules_used', 'code_digest',
            'Node', 'plan', 'write_params']
 
-# %% ../nbs/27_plan.ipynb #fb97ea23
+# %% ../nbs/27_plan.ipynb #d58606b9
 import ast, dataclasses, hashlib, importlib, json, re
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,13 +15,14 @@ from pathlib import Path
 from .config import AdamError, build, data_root, digest, nearest, override, project_root, read_yaml, to_dict
 from .schedule import PrepareConfig, PretrainConfig, check, essence
 
-# %% ../nbs/27_plan.ipynb #17f572ad
+# %% ../nbs/27_plan.ipynb #925adc8a
 @dataclass
 class Preset:
     "The content of `preset.yaml`."
     about: str                                                   # one line for `adam_nb presets`
     takes: str                                                   # duration on the machine that it names, as measured
-    arms: dict[str, dict]                                        # arm -> overrides of pretrain.yaml; {untrained: true} = random initialisation
+    arms: dict[str, dict]                                        # arm -> overrides of pretrain.yaml; {untrained: true} = random initialisation; {weights: FILE} = a checkpoint of the user's
+    like: str | None = None                                      # another preset, whose parameter files stand in for those that this folder lacks
     pretrain_seeds: list[int] = field(default_factory=lambda: [0])
     segment: dict[str, dict] = field(default_factory=dict)       # task -> overrides of segment.yaml
     classify: dict[str, dict] = field(default_factory=dict)      # task -> overrides of classify.yaml
@@ -29,7 +30,7 @@ class Preset:
     needs: list[str] = field(default_factory=list)               # folders below ADAM_NB_DATA without which the preset cannot run
     optional: dict[str, str] = field(default_factory=dict)       # task or probe -> folder below ADAM_NB_DATA; left out, and said so, when absent
 
-# %% ../nbs/27_plan.ipynb #58d26770
+# %% ../nbs/27_plan.ipynb #d24e7ced
 CONFIGS = {  # run notebook -> the config that it fills; pretraining and downstream share `arm` and seeds by wiring
     "prepare": ("adam_nb.schedule", "PrepareConfig"), "pretrain": ("adam_nb.schedule", "PretrainConfig"),
     "segment": ("adam_nb.segment", "SegmentConfig"), "classify": ("adam_nb.classify", "ClassifyConfig"),
@@ -41,7 +42,7 @@ def config_class(notebook: str):
     module, name = CONFIGS[notebook]
     return getattr(importlib.import_module(module), name)
 
-# %% ../nbs/27_plan.ipynb #a94637fa
+# %% ../nbs/27_plan.ipynb #dab2543a
 def preset_names() -> list[str]:
     "The presets below `params/`."
     return sorted(p.parent.name for p in (project_root()/"params").glob("*/preset.yaml"))
@@ -51,10 +52,20 @@ def preset_folder(name: str) -> Path:
     if name not in preset_names(): raise AdamError(f"There is no preset '{name}'.{nearest(name, preset_names())}")
     return project_root()/"params"/name
 
-# %% ../nbs/27_plan.ipynb #f351731d
+# %% ../nbs/27_plan.ipynb #76022f43
 _IN_PRESET = {"pretrain.seed": "pretrain_seeds=[0, 1]", "segment.task": "segment={heart_scr: {}}", "classify.task": "classify={chestxray14: {}}"}   # key -> how the preset says it
 
 def _fields(notebook: str) -> set[str]: return {f.name for f in dataclasses.fields(config_class(notebook))}
+
+def _yaml_files(folder: Path) -> dict[str, Path]: return {p.stem: p for p in sorted(folder.glob("*.yaml")) if p.stem != "preset"}
+
+def _parameter_files(folder: Path, preset: dict) -> list[Path]:
+    "The parameter files of a preset, one per run notebook: its own, then those of the preset that it is like."
+    own = _yaml_files(folder)
+    other = preset.get("like") if isinstance(preset, dict) else None
+    if other is None: return list(own.values())
+    if other not in preset_names(): raise AdamError(f"{folder/'preset.yaml'}: like: there is no preset '{other}'.{nearest(str(other), preset_names())}")
+    return list((_yaml_files(preset_folder(other)) | own).values())
 
 def read_preset(
     name: str,
@@ -63,8 +74,7 @@ def read_preset(
     "A preset and the values of each of its run notebooks, with overrides applied and everything checked."
     folder = preset_folder(name)
     values = {"preset": read_yaml(folder/"preset.yaml")}
-    for path in sorted(folder.glob("*.yaml")):
-        if path.stem == "preset": continue
+    for path in _parameter_files(folder, values["preset"]):
         if path.stem not in CONFIGS: raise AdamError(f"{path}: no run notebook is called '{path.stem}'.{nearest(path.stem, CONFIGS)}")
         values[path.stem] = read_yaml(path)
     known = {"preset": {f.name for f in dataclasses.fields(Preset)}} | {k: _fields(k) for k in values if k != "preset"}
@@ -87,7 +97,7 @@ def read_preset(
     for k, v in values.items(): build(config_class(k), v, str(folder/f"{k}.yaml"))
     return preset, values
 
-# %% ../nbs/27_plan.ipynb #c61d1115
+# %% ../nbs/27_plan.ipynb #86a24ea7
 def _code_only(source: str) -> str:
     "Python source as its syntax tree without docstrings: comments, prose and layout do not count."
     tree = ast.parse(source)
@@ -109,7 +119,7 @@ def _imports(source: str) -> frozenset[str]:
             found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("adam_nb.")}
     return frozenset(found)
 
-# %% ../nbs/27_plan.ipynb #fb173620
+# %% ../nbs/27_plan.ipynb #096b73ee
 def modules_used(
     source: str,                     # Python
     package: Path | None = None,     # folder of the modules; None: the checkout's
@@ -142,7 +152,7 @@ def code_digest(notebook: Path) -> str:
             h.update(_file_code(f, f.stat().st_mtime_ns).encode())
     return h.hexdigest()[:16]
 
-# %% ../nbs/27_plan.ipynb #bafe3d28
+# %% ../nbs/27_plan.ipynb #f6064b5e
 @dataclass
 class Node:
     "One run notebook with its values. Paths are relative to the project root."
@@ -160,7 +170,7 @@ class Node:
     @property
     def executed(self) -> str: return f"{self.folder}/notebooks/{self.name}.ipynb"
 
-# %% ../nbs/27_plan.ipynb #1bd388f4
+# %% ../nbs/27_plan.ipynb #a261f228
 def _chain(folder: str, config: PretrainConfig, arm: str, cache: str, data: str, shared: dict):
     "The pretraining nodes of one arm and seed, and its last folder. `shared` maps what decides a stage's weights (`schedule.essence`, as a digest) to the folder that has them."
     nodes, before = [], None
@@ -183,7 +193,9 @@ def _recipe(preset: str, arm: str, values: dict, changes: dict, seed: int, image
     if other: raise AdamError(f"Arm {arm} of preset {preset} and prepare.yaml differ in {', '.join(other)}, but all nodes share one cache; give both the same value (on the command line: without 'prepare.' or 'pretrain.').")
     return config
 
-# %% ../nbs/27_plan.ipynb #090c3452
+# %% ../nbs/27_plan.ipynb #897a264a
+_NO_RECIPE = {"untrained", "weights"}   # keys of an arm that are no fields of pretrain.yaml
+
 def plan(
     name: str,                     # preset
     overrides: list[str] = (),     # key=value
@@ -206,10 +218,13 @@ def plan(
     shared = {}
     for seed in preset.pretrain_seeds:
         for arm, recipe in preset.arms.items():
-            untrained = recipe.get("untrained", False)
-            recipe = _recipe(name, arm, values["pretrain"], {k: v for k, v in recipe.items() if k != "untrained"}, seed, images)
-            ready, encoder = [prepared], None
-            if not untrained:
+            untrained, weights = recipe.get("untrained", False), recipe.get("weights")
+            if weights and not (project_root()/weights).is_file():
+                if seed == preset.pretrain_seeds[0]: remarks.append(f"Arm {arm} is left out: there is no weight file {project_root()/weights}.")
+                continue
+            recipe = _recipe(name, arm, values["pretrain"], {k: v for k, v in recipe.items() if k not in _NO_RECIPE}, seed, images)
+            ready, encoder = [prepared], weights
+            if not (untrained or weights):
                 chain, last = _chain(folder, recipe, arm, images.cache or f"{folder}/cache", prepared, shared)
                 nodes += chain
                 ready, encoder = [f"{last}/pretrain.json"], f"{last}/encoder.safetensors"
@@ -230,7 +245,7 @@ def plan(
     nodes.append(Node("report", "report", {}, {"folder": folder, "out": f"{folder}/report.html"}, results + [f"{folder}/figures/figures.json"], f"{folder}/report.html", folder, False))
     return nodes, remarks
 
-# %% ../nbs/27_plan.ipynb #fb408151
+# %% ../nbs/27_plan.ipynb #32c739b7
 def write_params(nodes: list[Node]) -> list[Path]:
     "Write each node's parameter file where its content has changed; return the changed ones."
     import yaml
