@@ -46,7 +46,7 @@ class ClassifyConfig:
     val_every: int = 20                         # steps between validations, if patience is set
     neighbours: int = 20                        # of knn
     linear_c: float = 0.1                       # inverse strength of the linear probe's L2 penalty
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the forward pass; loss and weights are fp32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the forward pass; auto: bf16 where the device has instructions for it; loss and weights are fp32
     threads: int | None = None                  # CPU threads; null: as they are
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     seed: int = 0                               # of the head's weights, batches and augmentation

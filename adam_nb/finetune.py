@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Arrays', 'to_square', 'load_arrays', 'augment_batch', 'batch_order', 'lr_factor', 'seeded', 'thread_count',
-           'autocast', 'pick_device', 'start_encoder', 'fit', 'predict', 'mean_and_std']
+           'start_encoder', 'fit', 'predict', 'mean_and_std']
 
 # %% ../nbs/16a_finetune.ipynb #7790b67d
 import contextlib, math, os, uuid
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import AdamError, digest, nearest, tqdm
+from .device import autocast, pick_device
 from .encoders import load_encoder
 from .eve import Eve, weights_hash
 from .model import Encoder, create_encoder
@@ -151,14 +152,6 @@ def thread_count(n: int | None):
     try: yield
     finally: torch.set_num_threads(before)
 
-def autocast(device, precision: str):
-    "The autocast of a precision: `fp32` (none) or `bf16`."
-    if precision not in ("fp32", "bf16"): raise AdamError(f"There is no precision '{precision}'.{nearest(precision, ['fp32', 'bf16'])}")
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
-
-def pick_device(device: str | None = "auto") -> torch.device:
-    "The device by name; None or `auto`: CUDA if there is one, else the CPU."
-    return torch.device(device if device not in (None, "auto") else "cuda" if torch.cuda.is_available() else "cpu")
 
 # %% ../nbs/16a_finetune.ipynb #c9607027
 def start_encoder(

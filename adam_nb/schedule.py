@@ -74,7 +74,7 @@ class PretrainConfig(PrepareConfig):
     warmup_steps: int = 20                      # linear rise of the rate at the start of each stage (paper: 0)
     schedule: Literal["cosine", "cosine_epoch"] = "cosine"  # to 0 over a stage, in each step, or in each epoch as the authors do
     # machine
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the encoders; losses and optimiser are always fp32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the encoders (losses and optimiser: fp32); auto: bf16 where the device has instructions for it
     channels_last: bool = True                  # memory layout of images and weights
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     workers: int = 1                            # processes that make views; 0: the training process itself

@@ -79,7 +79,7 @@ class SegmentConfig:
     encoder_lr: float = 1.0                     # the encoder's learning rate as a share of lr
     schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate
     augment: bool = True                        # small crops, turns and light changes
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the forward pass; loss and weights are fp32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the forward pass; auto: bf16 where the device has instructions for it; loss and weights are fp32
     threads: int | None = None                  # CPU threads; null: as they are
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     seed: int = 0                               # of the decoder's weights, batches and augmentation

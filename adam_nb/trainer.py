@@ -21,6 +21,7 @@ from . import ranks
 from .checkpoint import Log, checkpoint_path, keep_newest, load_state, newest_state, read_log, save_state
 from .config import AdamError, build, override, read_yaml, to_dict, tqdm
 from .curves import plot_log
+from .device import autocast, pick_device, pick_precision
 from .feed import forewarnings, level_of, open_cache, split_indices, stage_loader, validation_batches
 from .model import Adam, bn_permutation, in_parts, running_statistics, set_bn_splits
 from .outcome import PRUNING_PICTURE, PretrainResult, artefacts, export, load_init, state_digest, verify
@@ -89,8 +90,8 @@ def snapshot(run: Run) -> dict:
             "log": run.log.position(sync=True)}
 
 def _machine(config: PretrainConfig) -> dict:
-    "What changes the order of sums, and so the last bits of a result, but nothing else."
-    return {"threads": torch.get_num_threads(), "nproc": ranks.world(), "accumulate": config.accumulate}
+    "What changes the order or the rounding of sums, and so the last bits of a result, but nothing else."
+    return {"threads": torch.get_num_threads(), "nproc": ranks.world(), "accumulate": config.accumulate, "precision": pick_precision(config.precision, pick_device(config.device))}
 
 def save(run: Run):
     "Write a checkpoint; weights that are not finite are never saved. Rank 0 writes, and the others go on when it has."
@@ -125,7 +126,7 @@ def make_optimizer(run: Run) -> torch.optim.Optimizer:
 
 # %% ../nbs/13e_trainer.ipynb #44e1197a
 def _autocast(run: Run):
-    return torch.autocast(run.device.type, dtype=torch.bfloat16) if run.config.precision == "bf16" else nullcontext()
+    return autocast(run.device, run.config.precision)
 
 def _put(run: Run, batch):
     "A batch on the device in the run's memory layout."
@@ -430,7 +431,7 @@ def _train(config, out, only, start, init_digest, state, progress, arm, on_step)
             if state["data"] != run.data: raise AdamError(f"The images have changed since the checkpoint in {out} was written (another data hash); train into another folder, or restore the images.")
             restore(run, state)
             for key, now in _machine(config).items():
-                if state.get(key, 1) != now: warnings.warn(f"This run began with {key}: {state.get(key, 1)} and goes on with {now}; results then differ in the last bits. Set '{key}' to have them equal.", stacklevel=2)
+                if state.get(key, now) != now: warnings.warn(f"This run began with {key}: {state[key]} and goes on with {now}; results then differ in the last bits. Set '{key}' to have them equal.", stacklevel=2)
         elif start:
             run.model.load_state_dict(start["model"])
             run.at.global_step = start["global_step"]
