@@ -7,8 +7,8 @@ __all__ = ['BACKBONES', 'NORMALISATION', 'match_channels', 'Encoder', 'create_en
            'set_bn_splits', 'bn_permutation', 'running_statistics', 'average_running_statistics', 'in_parts',
            'check_bank', 'MemoryBank', 'AdamOutput', 'ema_update', 'Adam']
 
-# %% ../nbs/11_model.ipynb #69cb23f8
-import copy, warnings
+# %% ../nbs/11_model.ipynb #2e65559e
+import ast, copy, urllib.parse, warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from .config import AdamError, nearest
 from .pruner import pruned_info_nce
 from .views import overlap
 
-# %% ../nbs/11_model.ipynb #f21e81e2
+# %% ../nbs/11_model.ipynb #710b108b
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")      # torchvision's; others as "timm:NAME"
 NORMALISATION = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.5,), (0.25,))}    # channels -> mean, std of images in [0, 1]
 
@@ -37,16 +37,23 @@ def _resnet(backbone: str, in_channels: int):
         nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")     # as torchvision does
     return body, dim
 
+def _timm_name(backbone: str) -> tuple[str, dict]:
+    "Name and options of a backbone such as `timm:swin_base_patch4_window7_224?img_size=192&window_size=6`."
+    name, _, options = backbone.removeprefix("timm:").partition("?")
+    try: return name, {k: ast.literal_eval(v) for k, v in urllib.parse.parse_qsl(options, strict_parsing=True)} if options else {}
+    except (ValueError, SyntaxError): raise AdamError(f"The options in '{backbone}' cannot be read; write NAME?key=value&key=value with numbers, True, False or tuples as values.") from None
+
 def _timm(backbone: str, in_channels: int):
     "A timm model without classifier, and the length of its features."
     import timm         # loaded only when asked for: it takes longer to import than all the rest
-    name = backbone.removeprefix("timm:")
-    more = {"dynamic_img_size": True} if name.startswith(("vit_", "deit")) else {}
-    try: body = timm.create_model(name, pretrained=False, in_chans=in_channels, num_classes=0, **more)
-    except RuntimeError as e: raise AdamError(f"timm cannot make '{name}' ({e}); see timm.list_models() for its names.") from None
+    name, options = _timm_name(backbone)
+    sizes = {"vit_": {"dynamic_img_size": True}, "deit": {"dynamic_img_size": True}, "swin": {"strict_img_size": False}}      # films of any size
+    more = next((v for k, v in sizes.items() if name.startswith(k)), {})
+    try: body = timm.create_model(name, pretrained=False, in_chans=in_channels, num_classes=0, **more, **options)
+    except (RuntimeError, TypeError) as e: raise AdamError(f"timm cannot make '{backbone.removeprefix('timm:')}' ({e}); see timm.list_models() for its names.") from None
     return body, body.num_features
 
-# %% ../nbs/11_model.ipynb #9fe8f148
+# %% ../nbs/11_model.ipynb #23e06050
 def _build(backbone: str, in_channels: int, seed: int | None):
     "Body and feature length; the random weights depend on `seed` alone and leave the global generator as it was."
     if in_channels not in (1, 3): raise AdamError(f"in_channels must be 1 or 3, got {in_channels}.")
@@ -58,7 +65,7 @@ def _build(backbone: str, in_channels: int, seed: int | None):
         torch.manual_seed(seed)
         return make(backbone, in_channels)
 
-# %% ../nbs/11_model.ipynb #d373a974
+# %% ../nbs/11_model.ipynb #cd22b622
 def match_channels(
     x: Tensor,           # (B, C, H, W), C 1 or 3
     channels: int,       # 1 or 3
@@ -71,7 +78,7 @@ def match_channels(
         raise AdamError("These images are coloured, but the encoder has one input channel; convert them to grey, or use an encoder with in_channels=3.")
     return x[:, :1]
 
-# %% ../nbs/11_model.ipynb #48a817f5
+# %% ../nbs/11_model.ipynb #0f664f54
 class Encoder(nn.Module):
     """A backbone with its normalisation: images in [0, 1] to pooled features or a feature map.
 
@@ -114,9 +121,11 @@ class Encoder(nn.Module):
         "(B, 1 or 3, H, W) in [0, 1] to global-average-pooled features, (B, dim)."
         return F.adaptive_avg_pool2d(self.feature_map(x), 1).flatten(1)
 
-# %% ../nbs/11_model.ipynb #94bb0107
+# %% ../nbs/11_model.ipynb #ce0aae03
 def _as_map(body: nn.Module, x: Tensor) -> Tensor:
     "A timm model's features as (B, D, h, w): convolutional maps as they are, a ViT's patch tokens laid out on their grid."
+    patch = getattr(getattr(body, "patch_embed", None), "patch_size", (1, 1))
+    if any(s % p for s, p in zip(x.shape[-2:], patch)): raise AdamError(f"This encoder cuts images into patches of {patch[0]} × {patch[1]} pixels, and {x.shape[-2]} × {x.shape[-1]} is no multiple; choose a size that is.")
     f = body.forward_features(x)
     if f.ndim == 3 and hasattr(body, "patch_embed"):
         rows, columns = (s//p for s, p in zip(x.shape[-2:], body.patch_embed.patch_size))
@@ -125,7 +134,7 @@ def _as_map(body: nn.Module, x: Tensor) -> Tensor:
     if f.ndim == 4: return f.permute(0, 3, 1, 2) if getattr(body, "output_fmt", "NCHW") == "NHWC" else f
     raise AdamError(f"The features of {type(body).__name__} have shape {tuple(f.shape)}, which is no map; choose a convolutional network or a plain ViT.")
 
-# %% ../nbs/11_model.ipynb #6454dda5
+# %% ../nbs/11_model.ipynb #0559395c
 def create_encoder(
     backbone: str,                      # one of `BACKBONES`, or "timm:NAME"
     in_channels: int | None = None,     # 1 or 3; None: 3
@@ -135,13 +144,13 @@ def create_encoder(
     "A randomly initialised `Encoder`, equal for equal `seed` whatever the state of the global generator."
     return Encoder(backbone, 3 if in_channels is None else in_channels, seed=seed, **kwargs)
 
-# %% ../nbs/11_model.ipynb #06aa471d
+# %% ../nbs/11_model.ipynb #e87a688f
 class ProjectionHead(nn.Sequential):
     "dim_in → hidden → dim with a ReLU; hidden = dim_in unless given (as MoCo-v2, whose settings the paper follows: 2048-2048-128)."
     def __init__(self, dim_in: int, dim: int = 128, hidden: int | None = None):
         super().__init__(nn.Linear(dim_in, hidden or dim_in), nn.ReLU(inplace=True), nn.Linear(hidden or dim_in, dim))
 
-# %% ../nbs/11_model.ipynb #178ffe18
+# %% ../nbs/11_model.ipynb #4a9e7018
 class SplitBatchNorm2d(nn.BatchNorm2d):
     "`BatchNorm2d` that in training normalises `splits` consecutive groups of the batch separately; running statistics are the mean over groups."
     splits = 1
@@ -161,7 +170,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.running_mean.copy_(means.mean(0)); self.running_var.copy_(variances.mean(0))
         return out
 
-# %% ../nbs/11_model.ipynb #ece36f8b
+# %% ../nbs/11_model.ipynb #8d35e597
 def set_bn_splits(
     module: nn.Module,      # its BatchNorm2d layers are changed in place; parameters, buffers and names stay
     splits: int,            # groups a batch; 1 = ordinary BN
@@ -175,7 +184,7 @@ def set_bn_splits(
             raise AdamError(f"{type(layer).__name__} cannot normalise in groups; set bn_splits=1 for this backbone.")
     return module
 
-# %% ../nbs/11_model.ipynb #0a83f61b
+# %% ../nbs/11_model.ipynb #1ad3334a
 def bn_permutation(
     n: int,         # batch size
     seed: int,
@@ -185,7 +194,7 @@ def bn_permutation(
     state = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
     return torch.randperm(n, generator=torch.Generator().manual_seed(state))
 
-# %% ../nbs/11_model.ipynb #9d34d313
+# %% ../nbs/11_model.ipynb #71cb66ed
 def running_statistics(module: nn.Module) -> list[Tensor]:
     "The running means and variances of `module`'s BN layers, themselves."
     layers = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
@@ -208,13 +217,13 @@ def in_parts(module: nn.Module, parts: Sequence) -> Iterator:
     for layer in module.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats: layer.num_batches_tracked -= len(parts) - 1      # it counts batches
 
-# %% ../nbs/11_model.ipynb #fd2468e9
+# %% ../nbs/11_model.ipynb #ca344a6f
 def check_bank(bank_size: int, batch_size: int) -> None:
     "Refuse a bank smaller than a batch: part of each batch would be overwritten before it was ever a negative."
     if bank_size < batch_size:
         raise AdamError(f"bank_size={bank_size} is smaller than the batch of {batch_size}; raise bank_size (some multiples of the batch, below the number of images) or lower batch_size.")
 
-# %% ../nbs/11_model.ipynb #5b4cee9d
+# %% ../nbs/11_model.ipynb #7b1e0524
 class MemoryBank(nn.Module):
     """The last `size` keys (paper's MB, K = size) as a ring.
 
@@ -252,7 +261,7 @@ class MemoryBank(nn.Module):
         self.ids[where] = ids[last].to(self.ids)
         self.ptr.copy_((self.ptr + n) % self.size); self.total.add_(n)
 
-# %% ../nbs/11_model.ipynb #0d85fa46
+# %% ../nbs/11_model.ipynb #dbb9e294
 class AdamOutput(NamedTuple):
     "Result of a forward pass of `Adam`; only `loss` and `q` carry gradients."
     loss: Tensor            # scalar
@@ -264,13 +273,13 @@ class AdamOutput(NamedTuple):
     q: Tensor               # (B, dim) unit norm
     k: Tensor               # (B, dim) unit norm
 
-# %% ../nbs/11_model.ipynb #354fee6c
+# %% ../nbs/11_model.ipynb #0cc3cd0a
 @torch.no_grad()
 def ema_update(target: nn.Module, source: nn.Module, momentum: float) -> None:
     "Parameters of `target` become momentum·target + (1 − momentum)·source; buffers are left alone."
     torch._foreach_lerp_([p.detach() for p in target.parameters()], [p.detach() for p in source.parameters()], 1 - momentum)
 
-# %% ../nbs/11_model.ipynb #11be0321
+# %% ../nbs/11_model.ipynb #6a416531
 class Adam(nn.Module):
     """The twin networks and the memory bank (paper section 2).
 
@@ -362,7 +371,7 @@ class Adam(nn.Module):
         finally:
             for module, mode in modes: module.training = mode
 
-# %% ../nbs/11_model.ipynb #fe94038c
+# %% ../nbs/11_model.ipynb #e3a80704
 def _unit(x: Tensor) -> Tensor:
     "Rows of unit length, in at least float32 (also under autocast)."
     with torch.autocast(x.device.type, enabled=False):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Parts', 'cut_parts', 'show_pruning', 'middle_part']
 
-# %% ../nbs/12a_parts.ipynb #cd6d3f20
+# %% ../nbs/12a_parts.ipynb #4ce4ad35
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from .draw import PALETTE, new_figure, show_image
 from .pruner import keep_mask, pruned_info_nce
 from .views import overlap, pack_id, unpack_id
 
-# %% ../nbs/12a_parts.ipynb #6e4b5f8f
+# %% ../nbs/12a_parts.ipynb #c16b65b3
 @dataclass
 class Parts:
     "Parts of several images: projected embeddings (N, D) of unit length, thumbnails (N, S, S) in [0, 1], key ids (N,) int64."
@@ -48,7 +48,7 @@ class Parts:
         q = self.keys[anchor][None]
         return float(pruned_info_nce(q, q, self.keys[self.others(anchor)], temperature, threshold).loss)
 
-# %% ../nbs/12a_parts.ipynb #7df23f0d
+# %% ../nbs/12a_parts.ipynb #b2581f28
 def cut_parts(
     images: list,                  # (H, W) or (H, W, 3) arrays, uint8 or float in [0, 1]
     level: int,                    # granularity level n
@@ -70,7 +70,7 @@ def cut_parts(
     with torch.inference_mode(): keys = torch.cat([project(b).float() for b in batch.split(batch_size)])
     return Parts(keys.clone(), batch.mean(1).numpy(), torch.tensor(ids))
 
-# %% ../nbs/12a_parts.ipynb #4f3d99d0
+# %% ../nbs/12a_parts.ipynb #b8234fde
 def show_pruning(
     parts: Parts,
     anchor: int = 0,           # index of the anchor
@@ -101,7 +101,7 @@ def show_pruning(
     ax.legend(frameon=False, fontsize=9)
     return figure
 
-# %% ../nbs/12a_parts.ipynb #5acb2e98
+# %% ../nbs/12a_parts.ipynb #76848ded
 def middle_part(level: int) -> int:
     "The cell of a level that is half way down and a quarter of the width in: on a frontal chest film it lies in the right lung."
     rows, columns = grid_shape(level)
