@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOUR_TOLERANCE', 'IMAGE_SUFFIXES', 'to_grey', 'open_image', 'open_grey', 'open_colour', 'open_mask', 'image_size']
 
-# %% ../nbs/03_images.ipynb #16f723bf
+# %% ../nbs/03_images.ipynb #061e5476
 import os
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from .config import AdamError
 from .dicom import dicom_size, open_dicom
 from .guard import MAX_PIXELS, Bounded, check_pixels, silence
 
-# %% ../nbs/03_images.ipynb #2ea4cc48
+# %% ../nbs/03_images.ipynb #5a55eaa5
 def _unit(array: np.ndarray, path, top: float | None = None) -> np.ndarray:
     "`array` as float32 in [0, 1] by the range of its dtype (or by `top`); floats must lie there already."
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -32,7 +32,7 @@ def _unit(array: np.ndarray, path, top: float | None = None) -> np.ndarray:
         return array.astype(np.float32)
     raise AdamError(f"{path} holds {array.dtype} pixels, whose range says nothing; save it as uint8, uint16, or floats in [0, 1].")
 
-# %% ../nbs/03_images.ipynb #d04a2959
+# %% ../nbs/03_images.ipynb #14cba483
 def _check_shape(shape: tuple, path):
     "`AdamError` for the shape of an array that is no image: (H, W), or (H, W, C) with grey or colour, with or without alpha."
     if len(shape) not in (2, 3) or shape[2:] not in ((), (1,), (2,), (3,), (4,)) or min(shape) < 1:
@@ -60,7 +60,7 @@ def to_grey(
         raise AdamError(f"{path} is coloured ({share:.1%} of its pixels) but a grey image is expected; remove it, or ask for 3 channels.")
     return image.mean(2, dtype=np.float32)
 
-# %% ../nbs/03_images.ipynb #12e80d93
+# %% ../nbs/03_images.ipynb #2675284d
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".bmp", ".webp", ".ppm", ".pgm", ".npy", ".img", ".dcm", ".dicom")
 
 _PILLOW_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"GIF8", b"BM", b"RIFF", *(b"P%d" % i for i in range(1, 7)))
@@ -77,7 +77,7 @@ def _refuse_by_content(head: bytes, path: Path):
     if head.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")): raise AdamError(f"{path} is a web page, not an image: its download has failed; download it again.")
     if head.startswith(b"version https://git-lfs"): raise AdamError(f"{path} is a pointer of Git LFS, not the image; run: git lfs pull")
 
-# %% ../nbs/03_images.ipynb #3524a571
+# %% ../nbs/03_images.ipynb #f08b76c4
 def _head(path: Path, n: int = 512) -> bytes:
     "The first bytes. `AdamError` for a file that is missing, a folder, or empty."
     try:
@@ -97,7 +97,7 @@ def _kind(path: Path) -> str:
     _refuse_by_content(head, path)
     return {".img": "jsrt", ".dcm": "dicom", ".dicom": "dicom"}.get(suffix, "pillow")
 
-# %% ../nbs/03_images.ipynb #aa25e31e
+# %% ../nbs/03_images.ipynb #3c803a6b
 _FORMATS = ("PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP", "PPM")
 
 def _said(e: Exception) -> str: return " ".join(str(e).split())[:200] or type(e).__name__
@@ -122,7 +122,7 @@ def _header(file, path: Path) -> Image.Image:
     check_pixels(im.height, im.width, path)
     return im
 
-# %% ../nbs/03_images.ipynb #50c712a1
+# %% ../nbs/03_images.ipynb #414a40e7
 def _refuse_frames(im: Image.Image, path):
     "`AdamError` when a second frame has the size of the first (a smaller one is a thumbnail)."
     if im.format in ("GIF", "TIFF", "PNG", "WEBP") and getattr(im, "n_frames", 1) > 1:
@@ -134,7 +134,7 @@ def _refuse_frames(im: Image.Image, path):
 def _refuse_tiles(im: Image.Image, path):
     if im.format == "TIFF": check_pixels(*(int(im.tag_v2.get(tag) or 1) for tag in (323, 322)), path)      # TileLength, TileWidth
 
-# %% ../nbs/03_images.ipynb #07a10f1c
+# %% ../nbs/03_images.ipynb #5d48382a
 def _stored(im: Image.Image) -> np.ndarray:
     "The stored values of a decoded Pillow image, palettes looked up."
     if im.mode.startswith("I;16") or (im.mode == "I" and im.format in ("PPM", "PNG")):   # Pillow scales the latter to 16 bits
@@ -156,7 +156,7 @@ def _look_up_palette(im: Image.Image) -> np.ndarray:
     grey = (table[:, :1] == table).all()
     return (table[:, 0] if grey else table).take(np.asarray(im), axis=0)
 
-def _open_pillow(path: Path) -> np.ndarray:
+def _open_pillow(path: Path, stored: bool = False) -> np.ndarray:
     with Bounded(path) as file, _header(file, path) as im, silence():
         try:
             _refuse_frames(im, path)
@@ -166,9 +166,10 @@ def _open_pillow(path: Path) -> np.ndarray:
             array, top = _stored(im), _top(im)
         except (AdamError, MemoryError): raise
         except Exception as e: raise AdamError(f"{path} is damaged or cut short ({_said(e)}); download it again or remove it.") from None
-    return _unit(_collapse(array, path), path, top)
+    array = _collapse(array, path)
+    return array if stored and array.dtype == np.uint8 else _unit(array, path, top)
 
-# %% ../nbs/03_images.ipynb #141c0a9c
+# %% ../nbs/03_images.ipynb #270c6481
 _JSRT = (2048, 2048)
 
 def _npy_shape(path: Path) -> tuple:
@@ -203,7 +204,7 @@ def _open_jsrt(path: Path) -> np.ndarray:
     if density.max() > 4095: raise AdamError(f"{path} holds values up to {density.max()}, but a raw JSRT film has 12 bits; its byte order may be wrong: download it again.")
     return _unit(4095 - density.astype(np.uint16), path, top=4095)
 
-# %% ../nbs/03_images.ipynb #5dfbba71
+# %% ../nbs/03_images.ipynb #ae5e89ca
 _OPENERS = {"npy": _open_npy, "jsrt": _open_jsrt, "dicom": lambda path: _collapse(open_dicom(path), path), "pillow": _open_pillow}
 
 def _named(path: Path, work):
@@ -213,24 +214,28 @@ def _named(path: Path, work):
     except MemoryError: raise AdamError(f"{path} needs more memory than there is; free some, or save the image smaller.") from None
     except Exception as e: raise AdamError(f"{path} cannot be read ({_said(e)}); download it again or remove it.") from None
 
-def open_image(path: str | os.PathLike) -> np.ndarray:
+def open_image(
+    path: str | os.PathLike,
+    stored: bool = False,      # True: pixels that a picture file stores in 8 bits stay as they are, uint8
+) -> np.ndarray:
     """A float32 array in [0, 1], `(H, W)` for grey and `(H, W, 3)` for coloured images.
 
     PNG, JPEG, TIFF, GIF, BMP, WebP, PPM, `.npy`, raw JSRT `.IMG`, DICOM. The range is that of the stored bit depth or dtype (DICOM: the VOI window if there is one), never the image's own minimum and maximum.
     `AdamError` names a file that is missing, empty, damaged, of an unknown format, larger than `MAX_PIXELS`, or holds NaN; no bytes of a file raise anything else."""
     path = Path(path)
-    return _named(path, lambda: _OPENERS[_kind(path)](path))
+    return _named(path, lambda: _open_pillow(path, stored) if (kind := _kind(path)) == "pillow" else _OPENERS[kind](path))
 
-def open_grey(path: str | os.PathLike) -> np.ndarray:
+def open_grey(path: str | os.PathLike, stored: bool = False) -> np.ndarray:
     "`open_image` as `(H, W)`; a coloured image is refused by name."
-    return to_grey(open_image(path), path)
+    image = open_image(path, stored)
+    return image if image.ndim == 2 else to_grey(_unit(image, path), path)
 
-def open_colour(path: str | os.PathLike) -> np.ndarray:
+def open_colour(path: str | os.PathLike, stored: bool = False) -> np.ndarray:
     "`open_image` as `(H, W, 3)`; a grey image gets three equal channels."
-    image = open_image(path)
+    image = open_image(path, stored)
     return np.repeat(image[..., None], 3, 2) if image.ndim == 2 else image
 
-# %% ../nbs/03_images.ipynb #86100615
+# %% ../nbs/03_images.ipynb #e0e0c0a4
 def open_mask(path: str | os.PathLike) -> np.ndarray:
     "A bool array `(H, W)`: pixels above half of the brightest value (of the full range for JPEG and WebP)."
     image = open_grey(path)
@@ -238,7 +243,7 @@ def open_mask(path: str | os.PathLike) -> np.ndarray:
     lossy = head.startswith(b"\xff\xd8") or head[12:16] in (b"VP8 ", b"VP8X")     # JPEG and WebP by content; a lossless WebP begins with VP8L
     return image > (.5 if lossy else image.max()/2)
 
-# %% ../nbs/03_images.ipynb #0e39d459
+# %% ../nbs/03_images.ipynb #9df75386
 def _sideways(im: Image.Image, file) -> bool:
     "Whether the EXIF orientation swaps height and width of the size that Pillow states."
     if im.format not in ("JPEG", "MPO", "PNG", "WEBP"): return False          # a TIFF states its turned size
@@ -248,7 +253,7 @@ def _sideways(im: Image.Image, file) -> bool:
         if b"eXIf" not in file.read(): return False
     return im.getexif().get(0x0112) in (5, 6, 7, 8)
 
-# %% ../nbs/03_images.ipynb #aedbacc4
+# %% ../nbs/03_images.ipynb #dbf7ddda
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     "(height, width) of what `open_image` returns, from the header only. A file whose pixels are damaged may still have a good header."
     path = Path(path)

@@ -7,7 +7,7 @@ __all__ = ['LAYOUTS', 'SPLIT_WORDS', 'Layout', 'register', 'is_archive', 'archiv
            'Table', 'read_table', 'read_list', 'LazyMasks', 'resize_nearest', 'LoadGrey', 'LoadColour', 'LoadSize',
            'file_record', 'check_fractions', 'deal_splits', 'leak_note', 'guess_channels', 'folder_records']
 
-# %% ../nbs/04b_layouts.ipynb #584673a4
+# %% ../nbs/04b_layouts.ipynb #44791913
 import csv, inspect, os, re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from .images import IMAGE_SUFFIXES, image_size, open_colour, open_grey, open_ima
 from .privacy import dicom_patients
 from .records import Record, Records, leak_check, split_by_patient
 
-# %% ../nbs/04b_layouts.ipynb #3c74d911
+# %% ../nbs/04b_layouts.ipynb #0bd4aac2
 @dataclass
 class Layout:
     "An adapter and where its data lie."
@@ -57,7 +57,7 @@ def register(
     def add(build): LAYOUTS[name] = Layout(name, folder, generated, build, source, terms, size, layout); return build
     return add
 
-# %% ../nbs/04b_layouts.ipynb #be85c67d
+# %% ../nbs/04b_layouts.ipynb #e1a1f689
 _ARCHIVE = re.compile(r"\.(zip|tar|tgz|tbz2?|txz|7z|rar|tar\.(gz|bz2|xz|zst))(\.\d{3})?$", re.I)
 
 def is_archive(path) -> bool:
@@ -94,7 +94,7 @@ def find_files(root: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, skip: Path 
         found += [os.path.join(folder, f) for f in files if f.lower().endswith(suffixes) and not f.startswith(".")]
     return sorted(found)
 
-# %% ../nbs/04b_layouts.ipynb #a81adae8
+# %% ../nbs/04b_layouts.ipynb #8f707791
 def read_csv(path: str | os.PathLike, remedy: str = "download the table again") -> list[list[str]]:
     "All rows of a CSV file, the header too, as text without spaces around the fields. `AdamError` with the `remedy` for what is no such file."
     rows = []
@@ -129,7 +129,7 @@ def read_list(path: Path) -> list[str]:
     try: return [line.split()[0] for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e: raise AdamError(f"The list {path} cannot be read ({e}); download it again or remove it.") from None
 
-# %% ../nbs/04b_layouts.ipynb #22aeebc5
+# %% ../nbs/04b_layouts.ipynb #e89cb254
 class LazyMasks(Mapping):
     "A picklable mapping name -> bool (H, W); `loaders` are callables, called at access."
     def __init__(self, loaders: dict[str, Callable]): self.loaders = loaders
@@ -152,25 +152,26 @@ def _mask_file(path: str, image_path: str) -> np.ndarray:
     if abs(h*width - w*height) > max(height, width, h, w): raise AdamError(f"The mask {path} has {h} x {w} pixels, its image {image_path} {height} x {width}: their shapes differ; give the image its own mask, or remove this one.")
     return resize_nearest(mask, (height, width))
 
-# %% ../nbs/04b_layouts.ipynb #eb9889b6
+# %% ../nbs/04b_layouts.ipynb #fdc4caaa
 class _OfFile:
     "A loader: `read` of one path."
     __slots__ = ("path",)
     def __init__(self, path: str): self.path = path
     def __call__(self): return self.read(self.path)
+    def stored(self): return self.read(self.path, stored=True)      # of an image: see `Record.image`
     def __repr__(self): return f"{type(self).__name__}({self.path!r})"
 
 class LoadGrey(_OfFile): __slots__, read = (), staticmethod(open_grey)
 class LoadColour(_OfFile): __slots__, read = (), staticmethod(open_colour)
 class LoadSize(_OfFile): __slots__, read = (), staticmethod(image_size)
 
-# %% ../nbs/04b_layouts.ipynb #128a0d40
+# %% ../nbs/04b_layouts.ipynb #64a63274
 def file_record(path: str, patient: str, channels: int = 1, masks: dict[str, str] | None = None, **facts) -> Record:
     "A Record of an image file, loading by `open_grey` or `open_colour`, with mask files `{name: path}` brought to its size."
     return Record(path, patient, channels=channels, load_image=(LoadColour if channels == 3 else LoadGrey)(path), load_size=LoadSize(path),
                   load_masks=LazyMasks({n: partial(_mask_file, m, path) for n, m in masks.items()}) if masks else None, **facts)
 
-# %% ../nbs/04b_layouts.ipynb #89c1f2a8
+# %% ../nbs/04b_layouts.ipynb #1eb9f9a6
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 
 def check_fractions(fractions, names: Sequence[str]):
@@ -198,7 +199,7 @@ def guess_channels(paths: Sequence[str]) -> int:
         if image.ndim == 3 and np.ptp(image, 2).max() > .1: return 3
     return 1
 
-# %% ../nbs/04b_layouts.ipynb #c4fa570d
+# %% ../nbs/04b_layouts.ipynb #ea1874e1
 def _stem(path: str) -> str: return os.path.splitext(os.path.basename(path))[0]      # a path as text: a hundred thousand Path objects would take a second
 
 def _patient_of(relative: str, rule: str) -> str:
@@ -218,7 +219,7 @@ def _mask_files(folder: Path) -> dict[str, dict[str, str]]:
         masks[name] = path
     return out
 
-# %% ../nbs/04b_layouts.ipynb #bbbc5964
+# %% ../nbs/04b_layouts.ipynb #16b0cf62
 def _folder_splits(root: Path, relative: list[str], patients: list[str], fractions: dict | None, seed: int) -> tuple[list[str], list[str]]:
     "Splits from top folders or dealt to patients, and a note on which."
     tops = [SPLIT_WORDS.get(r.split("/")[0].lower()) if "/" in r else None for r in relative]
@@ -226,7 +227,7 @@ def _folder_splits(root: Path, relative: list[str], patients: list[str], fractio
     if any(tops) and fractions is None: raise AdamError(f"{tops.count(None)} of {len(tops)} images in {root} lie outside the top folders that name splits (train, val, test), the first: {relative[tops.index(None)]}; move them, give a folder of masks as masks, or give fractions to deal all images anew.")
     return deal_splits(patients, fractions, seed)
 
-# %% ../nbs/04b_layouts.ipynb #c263df72
+# %% ../nbs/04b_layouts.ipynb #f05b09c0
 @register("folder", source="your own images", terms="your own", layout="any folders of image files; top folders train, val and test, if there are such, are the splits")
 def folder_records(
     root,                              # the folder

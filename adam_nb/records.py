@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['known', 'Record', 'Records', 'mask_names_of', 'split_by_patient', 'leak_check']
 
-# %% ../nbs/02_records.ipynb #169645f3
+# %% ../nbs/02_records.ipynb #598bef02
 import hashlib, os, textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 
 from .config import AdamError, nearest
 
-# %% ../nbs/02_records.ipynb #2b64b43d
+# %% ../nbs/02_records.ipynb #57542be2
 class _Seen(tuple):
     "A size that was read and not stated: it must not count in a fingerprint, which would then depend on what was looked at."
     __slots__ = ()
@@ -33,7 +33,7 @@ def known(record, name: str, default=None):
     try: return object.__getattribute__(record, name)
     except AttributeError: return default
 
-# %% ../nbs/02_records.ipynb #0a84ff22
+# %% ../nbs/02_records.ipynb #9a3cf9ab
 @dataclass(slots=True)                             # a record of a film without boxes takes a fifth of what it would with a __dict__ and empty dictionaries
 class Record:
     """One image and what is known about it; pixels are loaded when asked for.
@@ -79,13 +79,15 @@ class Record:
     def __repr__(self):                                      # what is known: no header is read, nothing can fail
         return f"Record({', '.join(f'{k}={v!r}' for k, v in self._facts().items() if v != {} and not k.startswith('load_'))})"
 
-# %% ../nbs/02_records.ipynb #b890c772
-def _image(self) -> np.ndarray:
-    "The pixels: float32 in [0, 1], `(H, W)`, or `(H, W, 3)` when `channels` is 3. `AdamError` names a file that cannot be read."
+# %% ../nbs/02_records.ipynb #3b9533d6
+def _image(self, stored: bool = False) -> np.ndarray:
+    "The pixels: float32 in [0, 1], `(H, W)`, or `(H, W, 3)` when `channels` is 3; with `stored` uint8 as the file has them, where `load_image` knows (`load_image.stored`). `AdamError` names a file that cannot be read."
     if self.load_image is None: raise AdamError(f"{self.path}: this record has no image to load; give it load_image.")
-    image = self.load_image()
+    in_bytes = getattr(self.load_image, "stored", None) if stored else None
+    image = (in_bytes or self.load_image)()
     if image.ndim not in (2, 3) or image.shape[2:] != ((3,) if self.channels == 3 else ()):
         raise AdamError(f"{self.path} gave an image of shape {image.shape}, but the record states {self.channels} channel(s); mend `channels`.")
+    if in_bytes and image.dtype == np.uint8: return image
     if not (image.min() >= 0 and image.max() <= 1):         # a NaN fails every comparison
         raise AdamError(f"{self.path} gave pixels from {image.min():.4g} to {image.max():.4g}, but they must lie in [0, 1]; mend its load_image.")
     return np.asarray(image, np.float32)
@@ -103,7 +105,7 @@ def _masks(self, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
 
 Record.image, Record.masks = _image, _masks
 
-# %% ../nbs/02_records.ipynb #59f85df4
+# %% ../nbs/02_records.ipynb #2cc40c67
 class Records(Sequence):
     "A sequence of `Record`s of one data set."
     def __init__(self,
@@ -137,7 +139,7 @@ class Records(Sequence):
     def _with(self, records): return Records(records, self.name, self.root, self.options, self.label_names, self.mask_names, self.notes, self.missing, self.unused, self.stray_masks)
     def __repr__(self): return f"Records({self.name}: {len(self)} images, {len({r.patient for r in self})} patients)"
 
-# %% ../nbs/02_records.ipynb #82098aa1
+# %% ../nbs/02_records.ipynb #913b63e5
 def _only(self, split: str) -> "Records":
     "The records of one split. `AdamError` when no record is in it."
     splits = {r.split for r in self}
@@ -154,7 +156,7 @@ def _by_patient(self) -> dict[str, "Records"]:
 
 Records.only, Records.by_patient = _only, _by_patient
 
-# %% ../nbs/02_records.ipynb #246d0254
+# %% ../nbs/02_records.ipynb #01a1645a
 def _ids(self) -> list[str]:
     "Each record's path, relative to the root (or to the folder of the file that is the root) where it lies below it: the same on every machine."
     if self.root is None: return [r.path for r in self]
@@ -170,7 +172,7 @@ def _to_frame(self, sizes: bool = False):
              **({"landmarks": len(known(r, "landmarks", ()))} if marked else {})} for i, r in zip(self.ids, self)]
     return pd.DataFrame([row | {f"extra {k}" if k in row else k: v for k, v in known(r, "extra", {}).items()} for row, r in zip(rows, self)])
 
-# %% ../nbs/02_records.ipynb #5c6c0669
+# %% ../nbs/02_records.ipynb #6924b4e2
 def mask_names_of(record) -> list[str]:
     "Names of the masks of one record; a mapping that loads lazily opens no file for the answer."
     load = record.load_masks
@@ -207,7 +209,7 @@ def _summary(self, look_at: int | None = 200) -> dict:
 
 Records.ids, Records.to_frame, Records.summary = property(_ids), _to_frame, _summary
 
-# %% ../nbs/02_records.ipynb #d9580b00
+# %% ../nbs/02_records.ipynb #5a51cfb1
 _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")     # Okabe and Ito, without black: films are dark
 _DASHES, _MARKERS = ("solid", "dotted", "dashdot"), "+x1234"
 
@@ -234,7 +236,7 @@ def _draw_masks(ax, record, style: dict) -> str:
 
 def _cut(text: str, n: int) -> str: return text if len(text) <= n else text[:n - 1] + "…"
 
-# %% ../nbs/02_records.ipynb #8aa041ba
+# %% ../nbs/02_records.ipynb #590abc37
 def _draw_record(ax, record, styles: dict) -> bool:
     "One panel; False when something could not be read (the panel says what)."
     positive = ", ".join(k for k, v in known(record, "labels", {}).items() if v and v > 0)
@@ -260,7 +262,7 @@ def _handles(styles: dict) -> list:
     lines += [Line2D([], [], color=c, ls="--", label=f"box: {n}") for n, (c, _) in styles["box"].items()]
     return lines + [Line2D([], [], color=c, ls="none", marker=_MARKERS[again % 6], label=n) for n, (c, again) in styles["landmark"].items()]
 
-# %% ../nbs/02_records.ipynb #a3df675d
+# %% ../nbs/02_records.ipynb #f2b21f51
 def _show(self, n: int = 12, columns: int = 4, seed: int | None = None):
     "A matplotlib Figure of `n` images, evenly spaced ones or drawn with `seed`, with outlines of masks, boxes and landmarks; what cannot be read is said in its panel and counted."
     import matplotlib.pyplot as plt
@@ -281,7 +283,7 @@ def _show(self, n: int = 12, columns: int = 4, seed: int | None = None):
 
 Records.show = _show
 
-# %% ../nbs/02_records.ipynb #6793f277
+# %% ../nbs/02_records.ipynb #83321a06
 def _stat(path):
     "`os.stat` of a file, or None for a generated image or an absent file."
     try: return os.stat(path)
@@ -299,7 +301,7 @@ def _fingerprint(self) -> str:
 
 Records.fingerprint = _fingerprint
 
-# %% ../nbs/02_records.ipynb #d3686ec5
+# %% ../nbs/02_records.ipynb #d9a84ecf
 def _deal_plain(counts: list, fractions: list, order: list, rng) -> np.ndarray:
     "What `_deal` does, for one stratum, in plain numbers: ten times as fast, with the same draws."
     total = float(sum(counts))
@@ -330,7 +332,7 @@ def _deal(counts: np.ndarray, fractions: np.ndarray, rng) -> np.ndarray:
         lack[chosen[p]] -= counts[p]
     return chosen
 
-# %% ../nbs/02_records.ipynb #d8874c02
+# %% ../nbs/02_records.ipynb #28abb97c
 def split_by_patient(
     patients: Sequence[str],          # the patient of each image
     fractions: dict[str, float],      # split -> its share of the images; they sum to 1
@@ -353,7 +355,7 @@ def split_by_patient(
         if i not in chosen: chosen[np.flatnonzero(chosen == np.bincount(chosen).argmax())[-1]] = i
     return [names[c] for c in chosen[patient]]
 
-# %% ../nbs/02_records.ipynb #96d949d3
+# %% ../nbs/02_records.ipynb #897fe257
 def leak_check(records: Iterable[Record]) -> list[str]:
     "Patients whose images are in more than one split, sorted; an empty list is what one wants."
     splits = defaultdict(set)
