@@ -75,7 +75,7 @@ def _unpickle(path: Path):
 
 # %% ../nbs/12_encoders.ipynb #8f40af93
 def _card_beside(path: Path) -> dict | None:
-    "The card that an export puts beside a pickled state dict, `NAME.card.json`; None where there is none."
+    "The card that an export puts beside weights in another library's layout, `NAME.card.json`; None where there is none."
     beside = path.with_suffix(".card.json")
     if not beside.is_file(): return None
     try: return json.loads(beside.read_text(encoding="utf-8"))
@@ -90,7 +90,7 @@ def _read(path: str | os.PathLike):
     if start[8:] != b"{" and path.suffix != ".safetensors": return _unpickle(path), _card_beside(path)
     try:
         with safe_open(path, framework="pt") as f: metadata = f.metadata() or {}
-        return load_file(path), json.loads(metadata["adam_nb"]) if "adam_nb" in metadata else None
+        return load_file(path), json.loads(metadata["adam_nb"]) if "adam_nb" in metadata else _card_beside(path)
     except (SafetensorError, OSError, ValueError) as e:
         raise AdamError(f"{path} is damaged, incomplete or no safetensors file ({' '.join(str(e).split())}); copy or download it again.") from None
 

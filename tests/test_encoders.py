@@ -283,3 +283,49 @@ def test_one_grey_channel(tmp_path):
     x = torch.rand(2, 1, 32, 32)
     with torch.no_grad(): torch.testing.assert_close(one(x), three(x), rtol=1e-4, atol=1e-5)
     assert "summed to 1" in describe(card)
+
+
+# ---------------------------------------------------------------- exports
+
+def card_features(folder, images):
+    "The features that the code of an exported model card gives, run as it stands there."
+    code = re.search(r"```python\n(.*?)```", (folder/"README.md").read_text(), re.S)[1].replace('folder = "."', f"folder = {str(folder)!r}")
+    names = {"images": images}
+    with torch.no_grad(): exec(code, names)
+    return names["features"]
+
+
+@pytest.mark.parametrize("layout", ["torchvision", "timm", "smp", "safetensors"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_exports_load_in_their_library(layout, channels, tmp_path):
+    from adam_nb.encoders import save_encoder
+    from adam_nb.export import export
+    from adam_nb.model import create_encoder
+    encoder = create_encoder("resnet18", channels, seed=0, mean=[.4]*channels, std=[.3]*channels).eval()
+    alive(encoder.body)
+    save_encoder(tmp_path/"e.safetensors", encoder, {"arm": "adam", "view_size": 64})
+    x = torch.rand(2, channels, 64, 64)
+    files = export(tmp_path/"e.safetensors", tmp_path/"out", layout)
+    with torch.no_grad(): truth = encoder(x)
+    torch.testing.assert_close(card_features(tmp_path/"out", x), truth, rtol=1e-4, atol=1e-4)
+    back, card = load_encoder(files[0])
+    assert (card["mean"], card["std"], card["arm"], card["report"]["missing"], card["report"]["assumed"]) == ([.4]*channels, [.3]*channels, "adam", 0, [])
+    with torch.no_grad(): torch.testing.assert_close(back(x), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", [TINY, "timm:swin_base_patch4_window7_224?embed_dim=32&depths=(2,2)&num_heads=(1,2)&window_size=4&img_size=32", "timm:convnext_atto"])
+def test_exports_of_timm_networks(backbone, tmp_path):
+    from adam_nb.encoders import save_encoder
+    from adam_nb.export import export
+    from adam_nb.model import create_encoder
+    encoder = create_encoder(backbone, 1, seed=0).eval()
+    alive(encoder.body)
+    save_encoder(tmp_path/"e.safetensors", encoder, {"arm": "adam"})
+    x = torch.rand(2, 1, 64, 64)
+    files = export(tmp_path/"e.safetensors", tmp_path/"out", "timm")
+    with torch.no_grad(): truth = encoder(x)
+    torch.testing.assert_close(card_features(tmp_path/"out", x), truth, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(): torch.testing.assert_close(load_encoder(files[0])[0](x), truth, rtol=1e-5, atol=1e-5)
+    for layout in ("torchvision", "smp"):
+        with pytest.raises(AdamError, match="use layout timm or safetensors"): export(tmp_path/"e.safetensors", tmp_path/"no", layout)
+    assert not (tmp_path/"no").exists()
