@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'flatten', 'collect', 'Unpaired', 'paired_difference', 'summary_table', 'wide_table', 'difference_table',
-           'holm', 'to_markdown', 'to_html']
+           'to_markdown', 'to_html']
 
-# %% ../nbs/23_compare.ipynb #455b7bc8
+# %% ../nbs/23_compare.ipynb #58a5abce
 import contextlib, math, numbers
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,8 +16,9 @@ import pandas as pd
 
 from .config import AdamError, nearest
 from .results import read_results
+from .significance import holm, paired, welch_p
 
-# %% ../nbs/23_compare.ipynb #2c1c48cf
+# %% ../nbs/23_compare.ipynb #d9e0073d
 COLUMNS = ("arm", "kind", "task", "shot", "metric", "pretrain_seed", "draw_seed", "value", "n", "path")
 
 def flatten(metrics: dict, above: str = "") -> dict[str, float]:
@@ -29,7 +30,7 @@ def flatten(metrics: dict, above: str = "") -> dict[str, float]:
         elif isinstance(v, numbers.Real) and not isinstance(v, bool): out[f"{above}{name}"] = float(v)
     return out
 
-# %% ../nbs/23_compare.ipynb #1c46c652
+# %% ../nbs/23_compare.ipynb #c2c89899
 def _first(*values): return next((v for v in values if v is not None), None)
 
 def _count(n) -> float:
@@ -51,7 +52,7 @@ def _rows(res: dict) -> list[dict]:
         out += [{**base, "metric": m, "value": v} for m, v in flatten(run.get("metrics") or {}).items()]
     return out
 
-# %% ../nbs/23_compare.ipynb #d016f46c
+# %% ../nbs/23_compare.ipynb #16fe5a1d
 def collect(
     folder: str | Path | Iterable[dict],    # a run's output folder, or results that were read before
 ) -> pd.DataFrame:
@@ -64,7 +65,7 @@ def collect(
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     return frame.astype({"shot": "Int64", "pretrain_seed": "Int64", "draw_seed": "Int64", "value": float, "n": float})
 
-# %% ../nbs/23_compare.ipynb #6bc1e529
+# %% ../nbs/23_compare.ipynb #3dbf37a7
 def _select(frame: pd.DataFrame, arms: Sequence[str], metric: str, **choices) -> pd.DataFrame:
     "The rows of these arms and of one metric, kind, task and shot. `AdamError` when one of them is unknown or left open."
     for arm in arms:
@@ -88,7 +89,7 @@ def _by_seed(some: pd.DataFrame, arm: str) -> pd.Series:
         raise AdamError(f"Several results stand for the same seeds of arm {arm}: {', '.join(twice[:3])}; compare one run at a time, or delete the old file.")
     return pd.Series(mine.value.to_numpy(), index=index)
 
-# %% ../nbs/23_compare.ipynb #d1a8d5b8
+# %% ../nbs/23_compare.ipynb #90d81441
 class Unpaired(AdamError):
     "Two arms have no pretraining seed and draw in common (yet), so there is no paired difference."
 
@@ -102,36 +103,37 @@ def paired_difference(
     kind: str | None = None,    # the same
     level: float = 0.95,
 ) -> dict:
-    """`arm_b` minus `arm_a` over pretraining seeds that both have, draws averaged within a seed first.
+    """`arm_b` minus `arm_a` over pretraining seeds that both have, draws averaged within a seed first (`significance.paired`).
 
-    Returns mean, low, high (t-interval), n_seeds, n_draws (in all), per_seed {seed: difference}, mean_a, mean_b, t_p (paired t-test),
-    wilcoxon_p (exact for up to 50 seeds; it cannot fall below 2/2ⁿ), note. low, high and both p are None with one seed: no interval without repetition.
+    Returns mean, low, high (t-interval), n_seeds, n_draws (in all), per_seed {seed: difference}, mean_a, mean_b, t_p (paired t-test), g, g_low, g_high (Hedges', of the
+    paired differences), welch_p (over all seeds of both arms, as the paper), wilcoxon_p (exact for up to 50 seeds; it cannot fall below 2/2ⁿ), left_out_a, left_out_b
+    (runs that only one arm has), note. low, high, g and all p are None with one seed: no interval without repetition.
     `Unpaired` without a common seed; `AdamError` for unknown names, an ambiguous choice, or two results for the same seeds."""
     some = _select(frame, (arm_a, arm_b), metric, kind=kind, task=task, shot=shot)
-    both = pd.concat({"a": _by_seed(some, arm_a), "b": _by_seed(some, arm_b)}, axis=1, join="inner")
-    if not len(both): raise Unpaired(f"The arms {arm_a} and {arm_b} have no seeds in common for '{metric}'; run both with the same seeds.")
-    seeds = both.groupby(level="pretrain_seed").mean()
-    d = seeds.b - seeds.a
-    return {"arm_a": arm_a, "arm_b": arm_b, "kind": some.kind.iloc[0], "task": some.task.iloc[0], "shot": None if pd.isna(some.shot.iloc[0]) else int(some.shot.iloc[0]),
-            "metric": metric, "mean": float(d.mean()), **_interval(d.to_numpy(), level), "n_seeds": len(d), "n_draws": len(both),
-            "per_seed": {int(s): float(v) for s, v in d.items()}, "mean_a": float(seeds.a.mean()), "mean_b": float(seeds.b.mean()),
-            "note": "one encoder per arm" if len(d) == 1 else f"{len(d)} pretraining seeds"}
-
-# %% ../nbs/23_compare.ipynb #fa287724
-def _interval(d: np.ndarray, level: float) -> dict:
-    "Student's interval and the p-values of paired differences; None where they do not exist."
-    from scipy import stats
-    out = {"low": None, "high": None, "t_p": None, "wilcoxon_p": None}
-    if len(d) < 2: return out
-    se = d.std(ddof=1)/math.sqrt(len(d))
-    reach = stats.t.ppf(0.5 + level/2, len(d) - 1)*se
-    out |= {"low": float(d.mean() - reach), "high": float(d.mean() + reach)}
-    # Equal differences leave only rounding dust as spread; a p-value of dust would be nonsense.
-    if se > 1e-12*max(abs(d).max(), 1e-300): out["t_p"] = float(2*stats.t.sf(abs(d.mean())/se, len(d) - 1))
-    if np.any(d != 0): out["wilcoxon_p"] = float(stats.wilcoxon(d, method="exact" if len(d) <= 50 and np.all(d != 0) and len(np.unique(abs(d))) == len(d) else "auto").pvalue)
+    a, b = (_by_seed(some, arm).to_dict() for arm in (arm_a, arm_b))
+    if not a.keys() & b.keys(): raise Unpaired(f"The arms {arm_a} and {arm_b} have no seeds in common for '{metric}'; run both with the same seeds.")
+    s = paired(a, b, level)
+    several = s["unit"] != "draws"
+    per_seed = s["per_unit"] if several else {next(iter(a))[0]: s["mean"]}
+    known = lambda name: s[name] if several and math.isfinite(s[name]) else None
+    out = {"arm_a": arm_a, "arm_b": arm_b, "kind": some.kind.iloc[0], "task": some.task.iloc[0], "shot": None if pd.isna(some.shot.iloc[0]) else int(some.shot.iloc[0]), "metric": metric, "mean": s["mean"],
+           "low": known("low"), "high": known("high"), "t_p": known("p"), "g": known("g"), "g_low": known("g_low"), "g_high": known("g_high"), "welch_p": None, "wilcoxon_p": None,
+           "n_seeds": len(per_seed), "n_draws": s["n_runs"], "per_seed": per_seed, "mean_a": s["mean_a"], "mean_b": s["mean_b"], "left_out_a": s["left_out_a"], "left_out_b": s["left_out_b"], "note": s["note"]}
+    if several: out |= _more_tests(np.array(list(per_seed.values())), *(_seed_means(x) for x in (a, b)))
+    if several and out["low"] is None: out |= {"low": s["mean"], "high": s["mean"]}      # equal differences: an interval without width, and no test
     return out
 
-# %% ../nbs/23_compare.ipynb #049564d3
+def _seed_means(runs: dict) -> np.ndarray: return pd.Series(runs).groupby(level=0).mean().to_numpy()
+
+def _more_tests(d: np.ndarray, a: np.ndarray, b: np.ndarray) -> dict:
+    "Wilcoxon's signed-rank test on paired differences, and Welch's on all seeds of both arms."
+    from scipy import stats
+    out = {}
+    if np.any(d != 0): out["wilcoxon_p"] = float(stats.wilcoxon(d, method="exact" if len(d) <= 50 and np.all(d != 0) and len(np.unique(abs(d))) == len(d) else "auto").pvalue)
+    if max(a.std(), b.std()) > 1e-12*max(abs(a).max(), abs(b).max()): out["welch_p"] = float(welch_p(a, b))
+    return out
+
+# %% ../nbs/23_compare.ipynb #8ae3fa90
 def summary_table(
     frame: pd.DataFrame,
     metrics: Sequence[str] | None = None,   # default: all that are no interval ends
@@ -154,14 +156,14 @@ def wide_table(
     return pd.DataFrame({"arm": summary.arm, "column": column, "text": text}).pivot(index="arm", columns="column", values="text").reindex(
         index=summary.arm.unique(), columns=pd.unique(pd.Series(column))).fillna("–").rename_axis(columns=None).reset_index()
 
-# %% ../nbs/23_compare.ipynb #5a74d7a2
+# %% ../nbs/23_compare.ipynb #c9b64b78
 def difference_table(
     frame: pd.DataFrame,
     pairs: Sequence[tuple[str, str]],       # (arm_a, arm_b): arm_b − arm_a
     metrics: Sequence[str],
 ) -> pd.DataFrame:
     """`paired_difference` of every pair for every metric, kind, task and shot where both arms have it: arm_a, arm_b, kind, task, shot, metric,
-    mean_a, mean_b, mean, low, high, t_p, t_p_holm (adjusted for the number of rows), wilcoxon_p, n_seeds, n_draws, note. A pair without a common run is left out."""
+    mean_a, mean_b, mean, low, high, t_p, t_p_holm (adjusted for the number of rows), g, welch_p, wilcoxon_p, n_seeds, n_draws, note. A pair without a common run is left out."""
     rows = []
     for a, b in pairs:
         for metric in metrics:
@@ -171,20 +173,12 @@ def difference_table(
                 if not {a, b} <= set(part.arm): continue
                 with contextlib.suppress(Unpaired): rows.append(paired_difference(part, a, b, metric))
     if not rows: raise AdamError("No pair of arms has a metric in common; check the pairs and the metrics.")
-    columns = ["arm_a", "arm_b", "kind", "task", "shot", "metric", "mean_a", "mean_b", "mean", "low", "high", "t_p", "wilcoxon_p", "n_seeds", "n_draws", "note"]
-    table = pd.DataFrame(rows)[columns].astype({c: float for c in ("low", "high", "t_p", "wilcoxon_p")} | {"shot": "Int64"})
+    columns = ["arm_a", "arm_b", "kind", "task", "shot", "metric", "mean_a", "mean_b", "mean", "low", "high", "t_p", "g", "welch_p", "wilcoxon_p", "n_seeds", "n_draws", "note"]
+    table = pd.DataFrame(rows)[columns].astype({c: float for c in ("low", "high", "t_p", "g", "welch_p", "wilcoxon_p")} | {"shot": "Int64"})
     table.insert(columns.index("t_p") + 1, "t_p_holm", holm(table.t_p))
     return table
 
-def holm(p) -> np.ndarray:
-    "p-values adjusted by Holm's step-down rule, so that the chance of *any* false finding among them stays below the level; NaN stays."
-    p = np.asarray(p, dtype=float)
-    out, known = np.full(len(p), np.nan), np.flatnonzero(np.isfinite(p))
-    order = known[np.argsort(p[known], kind="stable")]
-    if len(order): out[order] = np.minimum(np.maximum.accumulate(p[order]*(len(order) - np.arange(len(order)))), 1)
-    return out
-
-# %% ../nbs/23_compare.ipynb #21c7bcb8
+# %% ../nbs/23_compare.ipynb #42790814
 def _cell(v, digits: int) -> str:
     if v is None or (not isinstance(v, str) and pd.isna(v)): return "–"
     if isinstance(v, numbers.Real) and not isinstance(v, (bool, numbers.Integral)): return f"{v:.{digits}f}"
