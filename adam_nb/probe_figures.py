@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['landmark_maps', 'locality_numbers', 'kernel_density', 'compositionality_densities', 'correspondence_errors',
-           'correspondence_pictures']
+           'correspondence_pictures', 'scale_matrices', 'level_curves', 'one_example']
 
-# %% ../nbs/23c_probe_figures.ipynb #e246338c
+# %% ../nbs/23c_probe_figures.ipynb #378499a6
 import base64, io, math
 
 import numpy as np
@@ -16,11 +16,11 @@ from .draw import PALETTE, Drawing
 from .marks import BLUE, GREEN, GREY, INK, ORANGE, PAPER, PURPLE, SKY, VERMILION, arm_style, dot, from_run, legend_below, name_rows, new_panels, note, number, spread
 from .runs import LANDMARKS, Missing, arm_name, arms_of, probe_results, waiting
 
-# %% ../nbs/23c_probe_figures.ipynb #371d2339
+# %% ../nbs/23c_probe_figures.ipynb #197084ba
 _LANDMARK_COLOURS = [BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, GREY, BLUE, ORANGE, GREEN]
 _LANDMARK_MARKERS = "osD^vPXp*h"
 
-# %% ../nbs/23c_probe_figures.ipynb #206e3c7c
+# %% ../nbs/23c_probe_figures.ipynb #5c643884
 @from_run
 def landmark_maps(run, used, prefix: str | None = None) -> Figure:
     "t-SNE maps of the landmark patches, an arm in each panel (paper Fig. 4.1, with its numbers for its ten landmarks), from the first pretraining seed of each."
@@ -50,7 +50,7 @@ def landmark_maps(run, used, prefix: str | None = None) -> Figure:
     legend_below(fig, *axes, columns=4 if len(arms) > 2 else 3, markerscale=1.6)
     return fig
 
-# %% ../nbs/23c_probe_figures.ipynb #2e21b321
+# %% ../nbs/23c_probe_figures.ipynb #9384e7b8
 @from_run
 def locality_numbers(run, used, prefix: str | None = None) -> Figure:
     "Silhouette, cross-patient 1-NN, linear probe and retrieval of each arm with 95 % intervals over patients; filled: patches in place, hollow: jittered; controls below."
@@ -77,12 +77,13 @@ def locality_numbers(run, used, prefix: str | None = None) -> Figure:
         if name == "knn1" and first["metrics"].get("chance") is not None: ax.axvline(first["metrics"]["chance"], color=INK, linestyle=":", linewidth=1.4)
         ax.set_xlabel(label)
         if name != "silhouette": ax.set_xlim(min(0, ax.get_xlim()[0]), 1.03)
-    name_rows(axes[0], [arm_name(a) for a in arms] + [c for _, c in controls])
+    flat = {a for (a, _), r in found.items() if r["metrics"].get("collapsed")}
+    name_rows(axes[0], [arm_name(a) + (" (collapsed)" if a in flat else "") for a in arms] + [c for _, c in controls])
     n = first["series"].get("n", first["n"])
     note(fig, f"n = {n.get('patches', '?')} patches of {n.get('patients', '?')} patients; filled: in place, hollow: jittered; dotted: chance")
     return fig
 
-# %% ../nbs/23c_probe_figures.ipynb #f98a39dc
+# %% ../nbs/23c_probe_figures.ipynb #a0078e88
 def kernel_density(values, grid: np.ndarray) -> np.ndarray:
     "Gaussian kernel density of `values` on `grid`, bandwidth by Scott's rule; zeros for values without spread."
     v = np.asarray([x for x in values if x is not None], dtype=float)
@@ -91,7 +92,7 @@ def kernel_density(values, grid: np.ndarray) -> np.ndarray:
     width = v.std(ddof=1) * len(v) ** -0.2
     return np.exp(-0.5 * ((grid[:, None] - v) / width) ** 2).sum(1) / (len(v) * width * math.sqrt(2 * math.pi))
 
-# %% ../nbs/23c_probe_figures.ipynb #885e113d
+# %% ../nbs/23c_probe_figures.ipynb #2f2463c7
 _RIVALS = {"own_vs_other_auc": "against any other patient", "same_place_auc": "same place, other patient", "same_film_auc": "elsewhere in the film"}
 
 def _mean_sd(metrics: dict) -> str: return f"{number(metrics, 'cosine_mean')[0]:.3f} ± {number(metrics, 'cosine_std')[0]:.3f}"
@@ -100,11 +101,11 @@ def _rivals(ax, metrics: dict, y: float, colour: str, marker: str, scale: float 
     "The AUCs of own against foreign parts, one below the other: large filled, hollow, small filled."
     for dy, name, hollow, size in zip((-0.28, 0.0, 0.28), _RIVALS, (False, True, False), (9, 8, 5)): dot(ax, *number(metrics, name), y + dy, colour, marker, hollow, scale * size + 4 * (marker == "|"))
 
-# %% ../nbs/23c_probe_figures.ipynb #df744a22
+# %% ../nbs/23c_probe_figures.ipynb #9bd0b6e1
 @from_run
 def compositionality_densities(run, used, prefix: str | None = None) -> Figure:
     "Density of cos(whole, mean of its parts) for each arm with the control of foreign parts, and the AUC of own against foreign parts with 95 % intervals over patients."
-    found = {k: r for k, r in probe_results(run, "compositionality", prefix).items() if r["series"].get("cosine")}
+    found = {k: r for k, r in probe_results(run, "compositionality", prefix).items() if r["series"].get("cosine") and not r["metrics"].get("collapsed")}
     arms = [a for a in arms_of(run) if any(k[0] == a for k in found)]
     if not arms: raise Missing(f"No compositionality. {waiting(run, 'probes')}")
     used += found.values()
@@ -138,8 +139,9 @@ def compositionality_densities(run, used, prefix: str | None = None) -> Figure:
     legend_below(fig, left, right, columns=4)
     return fig
 
-# %% ../nbs/23c_probe_figures.ipynb #c264f9b0
-_QUESTIONS = {"warp": "a film in its own warped view", "transfer": "landmarks in another patient", "transfer_warped": "landmarks in another patient, warped"}
+# %% ../nbs/23c_probe_figures.ipynb #f8542660
+_QUESTIONS = {"warp": "a film in its own warped view", "elastic": "a film in its own deformed view", "transfer": "landmarks in another patient", "transfer_warped": "landmarks in another patient, warped", "example": "landmarks of one example in all films"}
+_COUNTS = {"warp": "cells", "elastic": "elastic_cells", "example": "example_landmarks"}
 _BASELINES = {"_same_place": "same coordinates", "_pixels": "raw pixels", "_floor": "limit of the grid"}
 
 @from_run
@@ -149,9 +151,10 @@ def correspondence_errors(run, used, prefix: str | None = None) -> Figure:
     arms = [a for a in arms_of(run) if any(k[0] == a for k in found)]
     if not arms: raise Missing(f"No correspondence. {waiting(run, 'probes')}")
     used += found.values()
-    first = next(iter(found.values()))
+    first = next((r for r in found.values() if not r["metrics"].get("collapsed")), None)
+    if first is None: raise Missing("Every encoder has collapsed: each gives one vector for every patch, and there is no correspondence to draw.")
     questions = [q for q in _QUESTIONS if q in first["metrics"]]
-    fig = Drawing(figsize=(13.5, 1.9 + 0.46 * (len(arms) + 3)), layout="constrained")
+    fig = Drawing(figsize=(max(4.5 * len(questions), 9), 1.9 + 0.46 * (len(arms) + 3)), layout="constrained")
     axes = fig.subplots(1, len(questions), sharey=True, squeeze=False)[0]
     n = first["series"].get("n", first["n"])
     for ax, q in zip(axes, questions):
@@ -159,13 +162,13 @@ def correspondence_errors(run, used, prefix: str | None = None) -> Figure:
             mine = [r["metrics"] for (a, _), r in sorted(found.items()) if a == arm]
             for dy, m in zip(spread(len(mine), 0.5), mine): dot(ax, *number(m.get(q) or {}, "median_error"), i + dy, *arm_style(arm, arms), size=9 if len(mine) == 1 else 6)
         for i, k in enumerate(_BASELINES, len(arms)): dot(ax, *number(first["metrics"].get(q + k) or {}, "median_error"), i, GREY, "|", size=14)
-        ax.set_title(f"{_QUESTIONS[q]}\nn = {n.get('cells' if q == 'warp' else 'landmarks', '?')}, {n.get('patients', '?')} patients", fontsize=12, fontweight="normal")
+        ax.set_title(f"{_QUESTIONS[q]}\nn = {n.get(_COUNTS.get(q, 'landmarks'), '?')}, {n.get('patients', '?')} patients", fontsize=12, fontweight="normal")
         ax.set_xlabel("median error (% of the width)")
         ax.set_xlim(0, None)
     name_rows(axes[0], [arm_name(a) for a in arms] + list(_BASELINES.values()))
     return fig
 
-# %% ../nbs/23c_probe_figures.ipynb #3dbf4330
+# %% ../nbs/23c_probe_figures.ipynb #24b2f263
 def _decoded(text: str) -> np.ndarray:
     "The grey or colour picture in a base64 PNG."
     from PIL import Image
@@ -175,7 +178,7 @@ def _cell(row: int, column: int, grid, image: np.ndarray) -> tuple[float, float]
     "The centre (x, y) of a grid cell in % of the image's width."
     return (column + 0.5) / grid[1] * 100, (row + 0.5) / grid[0] * 100 * image.shape[0] / image.shape[1]
 
-# %% ../nbs/23c_probe_figures.ipynb #f4580ae0
+# %% ../nbs/23c_probe_figures.ipynb #c0e1913b
 @from_run
 def correspondence_pictures(run, used, prefix: str | None = None, kind: str = "patients", lines: int = 20) -> Figure:
     """Cells of the first pair of films of each arm, joined where both are most like each other, evenly chosen where they are many.
@@ -200,4 +203,88 @@ def correspondence_pictures(run, used, prefix: str | None = None, kind: str = "p
         ax.set(xlim=(0, 200 + gap), ylim=(100 * max(i.shape[0] / i.shape[1] for i in (a, b)), 0))
         ax.set_axis_off()
         ax.set_title(f"{arm_name(arm)}: {len(pick)} of {len(pairs)} mutual matches, cosine ≥ {e['threshold']}", fontsize=11.5)
+    return fig
+
+# %% ../nbs/23c_probe_figures.ipynb #053cd0f2
+@from_run
+def scale_matrices(run, used, prefix: str | None = None) -> Figure:
+    "Cross-patient 1-NN of landmarks over the scales of query and searched boxes, a panel for each arm, mean over its pretraining seeds."
+    found = {k: r for k, r in probe_results(run, "locality", prefix).items() if r["series"].get("scales") and not (r["metrics"].get("scales") or {}).get("collapsed")}
+    arms = [a for a in arms_of(run) if any(k[0] == a for k in found)]
+    if not arms: raise Missing(f"No landmarks across scales. {waiting(run, 'probes')}")
+    used += found.values()
+    fig, axes = new_panels(len(arms), width=4.2, height=3.8)
+    for ax, arm in zip(axes, arms):
+        mine = [r["series"]["scales"] for (a, _), r in sorted(found.items()) if a == arm]
+        m, widths = np.mean([np.asarray(s["knn1"], dtype=float) for s in mine], 0), np.asarray(mine[0]["widths"], dtype=float)
+        image = ax.imshow(m, cmap="cividis", vmin=0, vmax=1)
+        for (i, j), v in np.ndenumerate(m): ax.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=10, color=INK if v > 0.6 else PAPER)
+        names = [f"{100 * w:.0f}" for w in widths]
+        ax.set(xticks=range(len(widths)), yticks=range(len(widths)), xticklabels=names, yticklabels=names, xlabel="searched box (% of the width)", ylabel="query's box (% of the width)")
+        ax.set_title(f"{arm_name(arm)}" + (f", {len(mine)} seeds" if len(mine) > 1 else ""))
+        ax.grid(False)
+    fig.colorbar(image, ax=axes, shrink=0.7, label="cross-patient 1-NN")
+    n = mine[0].get("n", {})
+    note(fig, f"n = {n.get('landmarks', '?')} landmarks of {n.get('patients', '?')} patients at each scale")
+    return fig
+
+# %% ../nbs/23c_probe_figures.ipynb #e70c987c
+@from_run
+def level_curves(run, used, prefix: str | None = None) -> Figure:
+    "Centred cosine and AUCs of a part with its own two halves, over the decomposer's levels, with 95 % intervals over patients (one pretraining seed) or as a line for each seed; dotted: no relation."
+    found = {k: r for k, r in probe_results(run, "compositionality", prefix).items() if r["metrics"].get("levels") and not r["metrics"]["levels"].get("collapsed")}
+    arms = [a for a in arms_of(run) if any(k[0] == a for k in found)]
+    if not arms: raise Missing(f"No compositionality over the levels. {waiting(run, 'probes')}")
+    used += found.values()
+    panels = [("centred", "centred cosine with its own halves", 0), ("same_place_auc", "AUC, same part of other patients", 0.5), ("same_film_auc", "AUC, other parts of the film", 0.5)]
+    fig = Drawing(figsize=(13.5, 4.2), layout="constrained")
+    axes = fig.subplots(1, 3)
+    for ax, (name, label, nothing) in zip(axes, panels):
+        for i, arm in enumerate(arms):
+            colour, marker = arm_style(arm, arms)
+            mine = [r["metrics"]["levels"] for (a, _), r in sorted(found.items()) if a == arm]
+            for j, m in enumerate(mine):
+                levels = sorted(int(k[6:]) for k in m if k.startswith("level_"))
+                v = np.array([number(m[f"level_{n}"], name) for n in levels])
+                x = np.array(levels) + 0.06 * (i - (len(arms) - 1) / 2)
+                if len(mine) == 1: ax.vlines(x, v[:, 1], v[:, 2], color=colour, alpha=0.55, linewidth=2)
+                ax.plot(x, v[:, 0], color=colour, marker=marker, markersize=7, linewidth=1.6, label=arm_name(arm) if j == 0 else None)
+        ax.axhline(nothing, color=INK, linestyle=":", linewidth=1.4)
+        ax.set(xlabel="level of the whole", ylabel=label, xticks=levels)
+    legend_below(fig, *axes)
+    n = next(iter(found.values()))["series"].get("levels", {}).get("n", {})
+    note(fig, f"n = {n.get('films', '?')} films of {n.get('patients', '?')} patients; dotted: no relation")
+    return fig
+
+# %% ../nbs/23c_probe_figures.ipynb #35d6a4d7
+@from_run
+def one_example(run, used, prefix: str | None = None, films: int = 3) -> Figure:
+    "One annotated film (left) and where each arm finds its landmarks in other patients: ring = truth, filled mark = found, joined by a line."
+    found = {a: r for (a, s), r in sorted(probe_results(run, "correspondence", prefix).items(), key=lambda i: -i[0][1]) if (r["series"].get("found") or {}).get("targets")}
+    arms = [a for a in arms_of(run) if a in found]
+    if not arms: raise Missing(f"No film that was searched by one example. {waiting(run, 'probes')}")
+    used += [found[a] for a in arms]
+    columns = 1 + min(films, max(len(found[a]["series"]["found"]["targets"]) for a in arms))
+    fig = Drawing(figsize=(3.1 * columns, 3.35 * len(arms)), layout="constrained")
+    for row, arm in zip(fig.subplots(len(arms), columns, squeeze=False), arms):
+        f = found[arm]["series"]["found"]
+        look = {n: (_LANDMARK_COLOURS[k % 10], _LANDMARK_MARKERS[k % 10]) for k, n in enumerate(f["names"])}
+        def film(ax, text):
+            image = _decoded(text)
+            ax.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(0, 100, 100 * image.shape[0] / image.shape[1], 0)); ax.set_axis_off()
+            return np.array([100, 100 * image.shape[0] / image.shape[1]])
+        scale = film(row[0], f["image"])
+        for name, p in zip(f["names"], np.asarray(f["at"], dtype=float) * scale): row[0].plot(*p, color=look[name][0], marker=look[name][1], markersize=8, markeredgecolor="white", linestyle="none", label=name.replace("_", " "))
+        m = found[arm]["metrics"].get("example") or {}
+        row[0].set_title(f"{arm_name(arm)}: the example", fontsize=12)
+        for ax, t in zip(row[1:], f["targets"]):
+            scale = film(ax, t["image"])
+            for name, truth, guess in zip(t["names"], np.asarray(t["truth"], dtype=float).reshape(-1, 2) * scale, np.asarray(t["found"], dtype=float).reshape(-1, 2) * scale):
+                colour, marker = look[name]
+                ax.plot(*np.stack([truth, guess]).T, color=colour, linewidth=1.2)
+                ax.plot(*truth, marker="o", markersize=9, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=1.6)
+                ax.plot(*guess, marker=marker, markersize=7, color=colour, markeredgecolor="white", markeredgewidth=0.6)
+        if m.get("median_error") is not None: row[1].set_title(f"median error {m['median_error']:.1f} % of the width", fontsize=11, fontweight="normal")
+        for ax in row[1 + len(f["targets"]):]: ax.set_axis_off()
+    legend_below(fig, fig.axes[0], columns=5)
     return fig

@@ -65,7 +65,7 @@ def provenance() -> dict:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
 
 # %% ../nbs/01_results.ipynb #d15b9d1d
-KINDS = ("pretrain", "segment", "classify", "locality", "compositionality", "correspondence")
+KINDS = ("pretrain", "segment", "classify", "locality", "compositionality", "correspondence", "pruning")
 
 def result(
     kind: str,              # one of `KINDS`
