@@ -6,15 +6,16 @@
 __all__ = ['write_plan', 'read_plan', 'check_parameters', 'clear_stale', 'Interrupted', 'run_node', 'refresh_report', 'run',
            'next_steps', 'parser', 'main']
 
-# %% ../nbs/28_pipeline.ipynb #baa355fe
+# %% ../nbs/28_pipeline.ipynb #fa771547
 import argparse, dataclasses, json, os, shlex, signal, subprocess, sys, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .commands import add_commands
 from .config import AdamError, project_root, read_yaml
 from .plan import Node, plan, preset_folder, preset_names, write_params
 
-# %% ../nbs/28_pipeline.ipynb #b97a64fb
+# %% ../nbs/28_pipeline.ipynb #9edd7fb6
 def write_plan(
     preset: str,                       # a folder below params/
     overrides: list[str] = (),         # key=value
@@ -34,7 +35,7 @@ def read_plan(path: str | os.PathLike) -> list[Node]:
     from adam_nb.results import read_json
     return [Node(**n) for n in read_json(project_root()/path)["nodes"]]
 
-# %% ../nbs/28_pipeline.ipynb #e338bab7
+# %% ../nbs/28_pipeline.ipynb #9cb1fe20
 def check_parameters(notebook: Path, parameters: dict):
     "Refuse parameters that the notebook's `parameters` cell does not define."
     from papermill import inspect_notebook
@@ -43,7 +44,7 @@ def check_parameters(notebook: Path, parameters: dict):
     for key in parameters:
         if key not in known: raise AdamError(f"{notebook.name} has no parameter '{key}'.{nearest(key, known)}")
 
-# %% ../nbs/28_pipeline.ipynb #402a369d
+# %% ../nbs/28_pipeline.ipynb #d8c8f576
 def clear_stale(node: Node):
     "Move a pretraining node's folder aside when its checkpoints come from other parameters, code or images, or from another state of the stage before; what was moved aside earlier goes."
     import shutil
@@ -65,7 +66,7 @@ def clear_stale(node: Node):
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(stamp, encoding="utf-8")
 
-# %% ../nbs/28_pipeline.ipynb #35713d92
+# %% ../nbs/28_pipeline.ipynb #96a0205f
 class Interrupted(AdamError):
     "A signal has stopped a node, whose state is saved."
 
@@ -82,7 +83,7 @@ def _passing_on_signals():
     finally:
         for n, handler in before.items(): signal.signal(n, handler if handler is not None else signal.SIG_DFL)
 
-# %% ../nbs/28_pipeline.ipynb #fcd242be
+# %% ../nbs/28_pipeline.ipynb #415875d3
 def run_node(
     plan_path: str,      # a `plan.json`, relative to the project root
     name: str,           # node
@@ -120,7 +121,7 @@ def run_node(
     print(f"    {node.output} ({time.time() - t0:.0f} s)", file=sys.stderr, flush=True)
     if node.notebook != "report": refresh_report(node.folder)
 
-# %% ../nbs/28_pipeline.ipynb #35289ed2
+# %% ../nbs/28_pipeline.ipynb #bc852c7c
 def refresh_report(
     folder: str,           # a run's folder, relative to the project root
     every: float = 30.0,   # seconds that a report stays as it is
@@ -136,7 +137,7 @@ def refresh_report(
         return
     if first: print(f"    first picture: {path}", file=sys.stderr, flush=True)
 
-# %% ../nbs/28_pipeline.ipynb #b4920508
+# %% ../nbs/28_pipeline.ipynb #230f3834
 def _engine(plan_path: Path, cores: int, extra: list[str]) -> int:
     "Run Snakemake on a plan, without its own commentary; returns its exit code."
     root = project_root()
@@ -144,7 +145,7 @@ def _engine(plan_path: Path, cores: int, extra: list[str]) -> int:
                "--config", f"plan={plan_path}", "--quiet", "all", *extra]
     return subprocess.run(command, cwd=root).returncode
 
-# %% ../nbs/28_pipeline.ipynb #c2eb4980
+# %% ../nbs/28_pipeline.ipynb #91089e5d
 def run(
     preset: str,                       # a folder below params/
     overrides: list[str] = (),         # key=value
@@ -165,7 +166,7 @@ def run(
     if code: raise AdamError(f"The run stopped (see above). What was computed stays; the same command goes on from there. Executed notebooks: {nodes[0].folder}/notebooks")
     return root/nodes[-1].output
 
-# %% ../nbs/28_pipeline.ipynb #273720a7
+# %% ../nbs/28_pipeline.ipynb #19aaa6df
 def next_steps(nodes: list[Node]) -> str:
     "What a person may do after a run."
     trained = [n for n in nodes if n.notebook == "pretrain"]
@@ -174,7 +175,7 @@ def next_steps(nodes: list[Node]) -> str:
     if best: lines.append(f"Next, an image of your own: adam_nb embed {Path(best.output).parent}/encoder.safetensors IMAGE.png")
     return "\n".join(lines)
 
-# %% ../nbs/28_pipeline.ipynb #a00797c3
+# %% ../nbs/28_pipeline.ipynb #1505f3e2
 def _cmd_run(a):
     pairs, name = [], None
     for pair in a.overrides:
@@ -198,7 +199,7 @@ def _cmd_unlock(a):
 
 def _cmd_node(a): run_node(a.plan, a.name)
 
-# %% ../nbs/28_pipeline.ipynb #af6841cf
+# %% ../nbs/28_pipeline.ipynb #a72a062b
 def _data_set(name: str, root: str | None, pairs: list[str]) -> tuple[str, str | None, dict]:
     "Name, root and options of a data set on the command line, where the root may be left out before key=value."
     from adam_nb.config import override
@@ -226,7 +227,7 @@ def _write_report(report: dict, given: str | None, name: str):
         print(f"adam_nb: the report as JSON could not be written to {path} ({e.strerror}); --json FILE names another place.", file=sys.stderr)
     else: print(f"  as JSON     {path}")
 
-# %% ../nbs/28_pipeline.ipynb #e14784da
+# %% ../nbs/28_pipeline.ipynb #f682ac1c
 def _verify_cache(folder: str, given: str | None) -> int:
     "Check a prepared cache; 1 when it is damaged."
     from adam_nb.cache import Cache
@@ -252,23 +253,7 @@ def _cmd_check(a) -> int:
         _write_report(report, a.json, name)
     return 0 if report["usable"] else 1
 
-# %% ../nbs/28_pipeline.ipynb #877c26e0
-def _cmd_embed(a):
-    import csv
-    import numpy as np
-    from adam_nb.eve import Eve
-    from adam_nb.images import IMAGE_SUFFIXES, open_image
-    files = [f for p in map(Path, a.images) for f in (sorted(q for q in p.rglob("*") if q.suffix.lower() in IMAGE_SUFFIXES) if p.is_dir() else [p])]
-    if not files: raise AdamError(f"No image in {', '.join(a.images)}; name image files or a folder that holds some.")
-    eve = Eve.load(a.checkpoint)
-    vectors = np.concatenate([np.asarray(eve.embed_image(open_image(f)))[None] for f in files])
-    with open(a.out, "w", newline="", encoding="utf-8") as f:
-        out = csv.writer(f)
-        out.writerow(["path", *(f"e{i}" for i in range(vectors.shape[1]))])
-        for path, v in zip(files, vectors): out.writerow([str(path), *(f"{x:.6g}" for x in v)])
-    print(f"{a.out}: {len(files)} images, {vectors.shape[1]} numbers each")
-
-# %% ../nbs/28_pipeline.ipynb #829938e9
+# %% ../nbs/28_pipeline.ipynb #cd39609c
 def parser() -> argparse.ArgumentParser:
     "The command line's grammar."
     p = argparse.ArgumentParser("adam_nb", description="Coarse-to-fine anatomy learning on radiographs, and what the embedding knows.")
@@ -286,14 +271,12 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--json", metavar="FILE", help="the report as JSON (- : instead of the text); default: outputs/check/NAME.json")
     c.add_argument("--cache", metavar="FOLDER", help="a prepared cache instead of a data set"); c.add_argument("--verify", action="store_true", help="with --cache: compute its checksums anew")
     c.set_defaults(do=_cmd_check)
-    e = sub.add_parser("embed", help="embed images with a checkpoint")
-    e.add_argument("checkpoint"); e.add_argument("images", nargs="+", metavar="IMAGE"); e.add_argument("--out", default="embeddings.csv")
-    e.set_defaults(do=_cmd_embed)
+    add_commands(sub)
     n = sub.add_parser("node", help="run one node of a plan (what the engine calls)")
     n.add_argument("plan"); n.add_argument("name"); n.set_defaults(do=_cmd_node)
     return p
 
-# %% ../nbs/28_pipeline.ipynb #53bd4084
+# %% ../nbs/28_pipeline.ipynb #5d4dc82a
 def main(argv: list[str] | None = None) -> int:
     "The console script. An error that the user can mend is one sentence on stderr and exit code 2."
     for stream in (sys.stdout, sys.stderr):                              # a file name that is no text must not end a report
@@ -313,6 +296,6 @@ def main(argv: list[str] | None = None) -> int:
         print("adam_nb: stopped; the same command goes on from here.", file=sys.stderr)
         return 130
 
-# %% ../nbs/28_pipeline.ipynb #12284906
+# %% ../nbs/28_pipeline.ipynb #d2687591
 #| eval: false
 if __name__ == "__main__": sys.exit(main())
