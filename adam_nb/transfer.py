@@ -58,7 +58,8 @@ def standings(
         rows = {a: {"mean": float(np.mean(list(v.values()))), "sd": float(np.std(list(v.values()), ddof=1)) if len(v) > 1 else float("nan"), "n": len(v), "runs": r} for a, v, r in zip(arms, values, runs)}
         order = sorted(arms, key=lambda a: -rows[a]["mean"])
         target = "adam" if "adam" in rows else order[0]
-        other = next((a for a in order if a != target), None)
+        rivals = [a for a in order if a != target]
+        other = next((a for a in rivals if not (target == "adam" and a.startswith("adam_"))), rivals[0] if rivals else None)      # the paper's comparison is not with variants of Adam
         out.append({"task": task, "structure": structure, "shots": want, "unit": mine[0]["unit"], "n": mine[0]["n"], "arms": rows, "what": what, "target": target, "other": other,
                     "test": welch(rows[other]["runs"], rows[target]["runs"]) if other else None, "sources": sorted({p["path"] for p in mine})})
     for row, p in zip(out, holm([r["test"]["p"] if r["test"] else np.nan for r in out])): row["p_holm"] = float(p)
@@ -72,14 +73,14 @@ def transfer_bars(run, used) -> Figure:
     if not every: raise Missing(f"No target task. {waiting(run, 'segment', 'classify')}")
     used += [{"_path": p} for r in every for p in r["sources"]]
     arms = [a for a in arms_of(run) if any(a in r["arms"] for r in every)]
-    fig, axes = new_panels(len(every), columns=3, width=max(3.6, 1.2 + 0.62*len(arms)), height=4.0)
+    fig, axes = new_panels(len(every), columns=3, width=max(3.6, 1.2 + 0.62*len(arms)), height=4.6)
     for ax, r in zip(axes, every): _bars(ax, r, arms)
     axes[0].plot([], [], linestyle="none", marker="D", markersize=8, color=INK, markerfacecolor="none", label="published, same initialisation") if any(published(r["task"], r["structure"], a, r["shots"]) for r in every for a in r["arms"]) else None
     legend_below(fig, axes[0])
     what = list(dict.fromkeys(r["what"] for r in every))
     n = sorted({v["n"] for r in every for v in r["arms"].values()})
     note(fig, f"Bars: mean ± standard deviation over {' or '.join(what)}, n = {'–'.join(map(str, n[::max(1, len(n) - 1)]))}" + ("; one encoder per arm" if what == ["draws"] else "")
-         + ". Marks: Welch's t-test, " + f"{arm_name(every[0]['target'])} against the best other arm, Holm over {sum(np.isfinite(r['p_holm']) for r in every)} tests: * < 0.05, ** < 0.01, *** < 0.001. Axes do not begin at 0.")
+         + ". Marks: Welch's t-test, " + f"{arm_name(every[0]['target'])} against the best arm that is no variant of it, Holm over {sum(np.isfinite(r['p_holm']) for r in every)} tests: * < 0.05, ** < 0.01, *** < 0.001. Axes do not begin at 0.")
     return fig
 
 def _bars(ax, r: dict, arms: list[str]):
@@ -88,22 +89,22 @@ def _bars(ax, r: dict, arms: list[str]):
     paper = {a: p for a in r["arms"] if (p := published(r["task"], r["structure"], a, r["shots"]))}
     ends += [p[0] for p in paper.values()]
     span = max(max(ends) - min(ends), 2.0)
-    base, top = max(0.0, min(ends) - 0.5*span), max(ends) + 0.12*span
+    base, top = max(0.0, min(ends) - 0.5*span), max(ends) + 0.2*span
     for i, a in enumerate(arms):
         if a not in r["arms"]: continue
         v, (colour, _) = r["arms"][a], arm_style(a, arms)
         ax.bar(i, v["mean"] - base, bottom=base, width=0.72, color=colour, alpha=0.85, edgecolor=INK, linewidth=0.6)
         if np.isfinite(v["sd"]): ax.errorbar(i, v["mean"], v["sd"], color=INK, capsize=4, linewidth=1.4)
-        ax.text(i, base + 0.03*span, f"{v['mean']:.1f}", ha="center", va="bottom", fontsize=9, rotation=90, color="white" if a != "random" else INK)
-        if a in paper: ax.plot([i], [paper[a][0]], marker="D", markersize=8, color=INK, markerfacecolor="none", linestyle="none")
+        ax.text(i, v["mean"] + np.nan_to_num(v["sd"]) + 0.02*span, f"{v['mean']:.1f}", ha="center", va="bottom", fontsize=9)
+        if a in paper: ax.plot([i + 0.3], [paper[a][0]], marker="D", markersize=7, color=INK, markerfacecolor="none", linestyle="none")
     if r["other"] and (mark := stars(r["p_holm"])):
         x0, x1 = sorted((arms.index(r["target"]), arms.index(r["other"])))
         ax.plot([x0, x0, x1, x1], [top, top + 0.05*span, top + 0.05*span, top], color=INK, linewidth=1.1)
         ax.text((x0 + x1)/2, top + 0.06*span, mark, ha="center", va="bottom", fontsize=11)
-    ax.set_ylim(base, top + 0.28*span); ax.set_xlim(-0.6, len(arms) - 0.4)
+    ax.set_ylim(base, top + 0.3*span); ax.set_xlim(-0.6, len(arms) - 0.4)
     ax.set_xticks(range(len(arms)), [textwrap.fill(arm_name(a), 16) for a in arms], rotation=40, ha="right", fontsize=9.5)
     ax.grid(axis="x", visible=False)
-    ax.set_ylabel(r["unit"])
+    ax.set_ylabel(r["unit"].replace(", ", ",\n"))
     ax.set_title(textwrap.shorten(_name(r["task"], r["structure"]), 34, placeholder=" …"), fontsize=12, pad=18)
     ax.text(0, 1.01, f"{r['shots']} {'labels' if r['shots'] == 'all' else 'films' if isinstance(r['shots'], int) else ''}, n = {r['n']} test films".replace(" ,", ","), transform=ax.transAxes, ha="left", va="bottom", fontsize=9.5)
 
@@ -147,7 +148,7 @@ def transfer_table(run: Run, shots=None):
         t, paper = r["test"], {a: p for a in METHODS if (p := published(r["task"], r["structure"], a, r["shots"]))}
         sign = lambda v: f"{v:+.1f}".replace("-", "−")
         row = {"task": _name(r["task"], r["structure"]), "labels": str(r["shots"]), "test films": r["n"], "unit": r["unit"]} | {arm_name(a): _cell(r["arms"].get(a)) for a in arms}
-        row["difference"] = "–" if not t else f"{arm_name(r['target'])} − {arm_name(r['other'])}: {sign(t['mean'])}" + (f" [{sign(t['low'])}, {sign(t['high'])}]" if np.isfinite(t["low"]) else "")
+        row["difference"] = None if not t else f"{arm_name(r['target'])} − {arm_name(r['other'])}: {sign(t['mean'])}" + (f" [{sign(t['low'])}, {sign(t['high'])}]" if np.isfinite(t["low"]) else "")
         row |= {"Hedges' g": t["g"] if t else np.nan, "p (Welch, Holm)": r["p_holm"], "runs": f"{r['arms'][r['target']]['n']} {r['what']}"}
         if any(question(q["task"], q["structure"]) for q in every): row["published †"] = "; ".join(f"{METHODS[a]} {p[0]:.2f}" + (f" ± {p[1]:.2f}" if p[1] is not None else "") for a, p in paper.items() if a in (*arms, "adam", "moco_v2", "imagenet", "supervised")) or "–"
         rows.append(row)

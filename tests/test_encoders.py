@@ -329,3 +329,33 @@ def test_exports_of_timm_networks(backbone, tmp_path):
     for layout in ("torchvision", "smp"):
         with pytest.raises(AdamError, match="use layout timm or safetensors"): export(tmp_path/"e.safetensors", tmp_path/"no", layout)
     assert not (tmp_path/"no").exists()
+
+
+# ---------------------------------------------------------------- transformers at work
+
+@pytest.mark.parametrize("source", [vit, swin])
+def test_transformers_classify_and_are_probed(source, tmp_path):
+    "A ViT or a Swin from a foreign file takes a step of fine-tuning and gives embeddings and dense maps, of grey films too."
+    from adam_nb.classify import Classifier
+    from adam_nb.eve import Eve
+    torch.save({"model": source().state_dict()}, tmp_path/"t.pth")
+    encoder, _ = load_encoder(tmp_path/"t.pth", verbose=False)
+    model = Classifier(encoder.train(), 2)
+    x = torch.rand(4, 1, 64, 64)
+    before = model.encoder.body.patch_embed.proj.weight.clone()
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    model(x).square().sum().backward(); optimiser.step()
+    assert (model.encoder.body.patch_embed.proj.weight != before).any()
+    eve = Eve.load(tmp_path/"t.pth", device="cpu")
+    assert eve.embed(x).shape == (4, eve.dim) and torch.isfinite(eve.embed(x)).all()
+    image = x[0, 0].numpy()
+    for method in ("forward", "patches"): assert eve.dense(image, (2, 2), method=method, level=0).shape == (2, 2, eve.dim)
+    eve.save(tmp_path/"ours.safetensors")
+    again = Eve.load(tmp_path/"ours.safetensors", device="cpu")
+    assert again.encoder.backbone == eve.encoder.backbone and torch.equal(again.embed(x), eve.embed(x))
+
+
+def test_a_size_that_is_no_multiple_of_the_patch(tmp_path):
+    torch.save(vit().state_dict(), tmp_path/"v.pth")
+    encoder, _ = load_encoder(tmp_path/"v.pth", verbose=False)
+    with pytest.raises(AdamError, match="patches of 8 × 8 pixels, and 60 × 64"): encoder(torch.rand(1, 3, 60, 64))
