@@ -18,7 +18,7 @@ from .correspondence import QUESTIONS, WITHIN, correspondence, error_score, find
 from .landmarks import inside
 from .locality import collapsed
 from .patches import Job, cut_patches, embed_jobs, keep_in, view_size
-from .transfer import answers, mask_scores, on_film, shared, transfer_masks
+from .carried import answers, mask_scores, on_film, shared, transfer_masks
 from .warps import exposed, grid_centres, random_affine, random_elastic, warp
 
 # %% ../nbs/21c_correspondence_run.ipynb #1913548f
@@ -170,7 +170,7 @@ def run_correspondence(
     """Correspondence of an encoder, with baselines, for the questions of `correspondence.QUESTIONS`.
 
     Metrics, nested: each question, also with `_same_place`, `_pixels`, `_floor`: `median_error` (% of the width), `within_2`, `within_5`, `within_10` (PCK),
-    with `_low`, `_high`; `warp` and `elastic` add `matched_share` (of cells with cosine >= threshold), `mutual_share` and their errors; `masks`: see `transfer.mask_scores`; `collapsed`, and nothing else, when every patch has the same vector.
+    with `_low`, `_high`; `warp` and `elastic` add `matched_share` (of cells with cosine >= threshold), `mutual_share` and their errors; `masks`: see `carried.mask_scores`; `collapsed`, and nothing else, when every patch has the same vector.
     Series: `error_quantiles` {question: {answer: (201,)}} at the levels 0, 0.005 … 1; `per_landmark`, `per_landmark_example`; `examples` (see `show_example`); `found`; `n`."""
     if len(records) < 2: raise AdamError("Correspondence needs films of at least two patients.")
     size, partner, grid = view_size(eve, size), partners(records, seed), tuple(int(g) for g in grid)
