@@ -4,22 +4,47 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"), pytest.mark.timeout(600)]
 
+ROOT = Path(__file__).resolve().parents[1]
+SCREENSHOTS = Path(os.environ.get("ADAM_NB_SCREENSHOTS") or ROOT/"outputs"/"screenshots")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+# Two cells each: the first makes what the explorer needs (a film of 1024 pixels, a bank of 4,096 parts), the second opens it.
 NOTEBOOKS = {
-    "decomposer": """from adam_nb.phantom import chest_phantom
+    "decomposer": ("""from adam_nb.phantom import chest_phantom
 from adam_nb.widgets import DecomposerExplorer
-DecomposerExplorer(chest_phantom(0, 3, 256).image, level=2).widget""",
-    "pruner": """from adam_nb.phantom import chest_phantom
-from adam_nb.widgets import PrunerExplorer, cut_parts
-films = [chest_phantom(0, i, 128).image for i in range(8)]
-raw = cut_parts(films, 2, lambda x: (x - x.mean((1, 2, 3), keepdim=True)).flatten(1), size=16)
-PrunerExplorer(raw, anchor=5).widget"""}
+film = chest_phantom(0, 3, 1024).image""", "explorer = DecomposerExplorer(film, level=2)"),
+    "pruner": ("""import numpy as np, torch
+from adam_nb.phantom import chest_phantom
+from adam_nb.views import pack_id
+from adam_nb.widgets import Parts, PrunerExplorer, cut_parts
+film = chest_phantom(0, 3, 1024).image
+seen = cut_parts([chest_phantom(0, i, 64).image for i in range(8)], 4, lambda x: (x - x.mean((1, 2, 3), keepdim=True)).flatten(1), size=32)
+noise = torch.randn(256, 16, seen.keys.shape[1], generator=torch.Generator().manual_seed(0))/80
+keys = (seen.keys.reshape(8, 16, -1).repeat(32, 1, 1) + noise).flatten(0, 1)
+bank = Parts(keys, np.tile(seen.pictures, (32, 1, 1)), torch.tensor([pack_id(i, 4, c) for i in range(256) for c in range(16)]))
+assert len(bank) == 4096""", "explorer = PrunerExplorer({'first': bank, 'second': bank}, anchor=5, films=[film]*256)"),
+    "correspondence": ("""from adam_nb.eve import Eve
+from adam_nb.phantom import chest_phantom
+from adam_nb.widgets import CorrespondenceExplorer
+films = [chest_phantom(0, i, 1024 if i < 2 else 128).image for i in range(11)]
+encoder = Eve.random("resnet18", in_channels=1, size=32)""", "explorer = CorrespondenceExplorer(films, {'pixels': None, 'untrained': encoder})"),
+    "embedding": ("""import torch
+from adam_nb.data import dataset
+from adam_nb.widgets import EmbeddingExplorer, landmark_points
+points = landmark_points(dataset("phantom_chest", n=12, size=128), size=32)
+blocks = lambda x: torch.nn.functional.avg_pool2d(x, 8).flatten(1)""", "explorer = EmbeddingExplorer(points, {'pixels': None, 'blocks': blocks})"),
+    "monitor": ("from adam_nb.widgets import TrainingMonitor", "explorer = TrainingMonitor(FOLDER + '/run', every=0.5)"),
+    "broken": ("""from pathlib import Path
+from adam_nb.widgets import DecomposerExplorer
+Path("damaged.png").write_bytes(b"no picture")""", "explorer = DecomposerExplorer('damaged.png')"),
+}
 
 
 @contextmanager
@@ -40,76 +65,227 @@ def jupyter(folder: Path):
             time.sleep(.25)
         yield f"http://127.0.0.1:{port}", token
     finally:
-        server.terminate(); server.wait(30)
+        server.terminate(); server.wait(120)
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
-    for name, source in NOTEBOOKS.items():
-        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}), folder/f"{name}.ipynb")
+    for name, (make, show) in NOTEBOOKS.items():
+        cells = [nbformat.v4.new_code_cell(f"{make}\nprint('all is made')"), nbformat.v4.new_code_cell(f"{show}\nexplorer".replace("FOLDER", repr(str(folder))))]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}), folder/f"{name}.ipynb")
     with jupyter(folder) as (address, token), playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
-        yield browser, address, token
+        yield browser, address, token, folder
         browser.close()
 
 
+SRC = "Array.from(document.querySelectorAll('.adam-explorer img')).map(i => i.src)"
+ASK = """async code => {
+  const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+  const future = kernel.requestExecute({code, store_history: false}); let text = '';
+  future.onIOPub = m => { if (m.header.msg_type === 'stream') text += m.content.text; if (m.header.msg_type === 'error') text += m.content.evalue };
+  await future.done; return text }"""
+PIXEL = """([n, x, y]) => { const img = document.querySelectorAll('.adam-explorer img')[n], c = document.createElement('canvas');
+  c.width = img.naturalWidth; c.height = img.naturalHeight; const g = c.getContext('2d'); g.drawImage(img, 0, 0);
+  return Array.from(g.getImageData(Math.floor(x*c.width), Math.floor(y*c.height), 1, 1).data).slice(0, 3) }"""
+BYTES = "Promise.all(Array.from(document.querySelectorAll('.adam-explorer img')).map(i => fetch(i.src).then(r => r.blob()).then(b => b.size)))"
+
+
 class Explorer:
-    "A notebook that has been run in the browser, and the one picture of its explorer."
-    def __init__(self, lab, name: str):
-        browser, address, token = lab
-        self.name, self.errors = name, []
-        self.page = browser.new_page(viewport={"width": 1400, "height": 950})
+    "A notebook that has been run in the browser, and the pictures of its explorer."
+    def __init__(self, lab, name: str, pictures: bool = True):
+        browser, address, token, self.folder = lab
+        self.name, self.errors, self.times = name, [], []
+        self.page = browser.new_page(viewport={"width": 1500, "height": 1000})
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
-        self.page.goto(f"{address}/lab/tree/{name}.ipynb?token={token}&reset")
+        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.goto(f"{address}/lab/tree/{name}.ipynb?token={token}&reset", timeout=120_000, wait_until="commit")
         self.page.wait_for_function("window.jupyterapp && window.jupyterapp.shell.currentWidget && window.jupyterapp.shell.currentWidget.sessionContext", timeout=90_000)
         self.page.evaluate("async () => { const c = window.jupyterapp.shell.currentWidget.sessionContext; await c.ready; await c.session.kernel.info; }")
-        self.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        self.page.wait_for_selector(".jp-OutputArea img.widget-image", timeout=120_000)
-        self.picture = self.page.locator(".jp-OutputArea img.widget-image").first
-        self.page.wait_for_function("document.querySelector('.jp-OutputArea img.widget-image').naturalWidth > 100")
+        self.page.evaluate("window.jupyterapp.shell.collapseLeft()")
+        self.page.evaluate("void window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        self.page.wait_for_function("document.querySelector('.jp-OutputArea') && document.querySelector('.jp-OutputArea').innerText.includes('all is made')", timeout=120_000)
+        start = time.perf_counter()
+        if not pictures: self.page.wait_for_selector(".adam-explorer [role=alert]", timeout=60_000); return
+        self.page.wait_for_function("(() => { const i = document.querySelectorAll('.adam-explorer img'); return i.length && Array.from(i).every(x => x.naturalWidth > 50) })()", timeout=60_000)
+        self.opened = time.perf_counter() - start
 
-    def changes(self, move) -> float:
-        "Seconds from a move to another picture; fails when the picture stays."
-        before, start = self.picture.get_attribute("src"), time.perf_counter()
+    def changes(self, move, *which: int) -> float:
+        "Seconds from a move to other pictures of the numbers `which` (none: of all); fails when one stays."
+        before, start = self.page.evaluate(SRC), time.perf_counter()
         move()
-        self.page.wait_for_function("old => document.querySelector('.jp-OutputArea img.widget-image').src !== old", arg=before, timeout=20_000)
-        return time.perf_counter() - start
-
-    def keep(self):
-        "A screenshot for people, where `ADAM_NB_SCREENSHOTS` names a folder."
-        if folder := os.environ.get("ADAM_NB_SCREENSHOTS"): self.page.screenshot(path=f"{folder}/{self.name}.png")
+        which = which or range(len(before))
+        self.page.wait_for_function(f"([old, which]) => {{ const now = {SRC}; return which.every(i => now[i] !== old[i]) }}", arg=[before, list(which)], timeout=60_000)
+        self.times.append(time.perf_counter() - start)
+        return self.times[-1]
+    def press(self, key: str, slider: int = 0, times: int = 1):
+        "A key, on a slider's handle."
+        handle = self.page.locator(".adam-explorer .noUi-handle").nth(slider)
+        def act():
+            handle.focus()
+            for _ in range(times): self.page.keyboard.press(key)
+        return act
+    def click(self, cell: int, pad: int = 0):
+        "A click with the mouse on a cell of a picture, where a person would click."
+        box = self.page.locator(".adam-explorer .adam-cells").nth(pad).locator("button").nth(cell).bounding_box()
+        return lambda: self.page.mouse.click(box["x"] + box["width"]/2, box["y"] + box["height"]/2)
+    def cells(self, pad: int = 0) -> int: return self.page.locator(".adam-explorer .adam-cells").nth(pad).locator("button").count()
+    def choose(self, label: str, value: str):
+        "An option of a drop-down list."
+        return lambda: self.page.get_by_label(label, exact=True).select_option(value)
+    def enter(self, label: str, text: str):
+        "Text into a box, then Enter."
+        def act():
+            box = self.page.get_by_label(label, exact=True)
+            box.fill(text); box.press("Enter")
+        return act
+    def tick(self, label: str): return self.page.locator(".adam-explorer .widget-checkbox", has_text=label).locator("input").click
+    def button(self, label: str): return self.page.locator(".adam-explorer button.widget-button", has_text=label).click
+    def pixel(self, picture: int, x: float, y: float) -> np.ndarray:
+        "RGB at a place (shares of width and height) of a picture as it is on the screen."
+        return np.array(self.page.evaluate(PIXEL, [picture, x, y]))
+    def ask(self, code: str) -> str:
+        "What the kernel prints."
+        return self.page.evaluate(ASK, f"print({code})").strip()
+    def message(self) -> str:
+        alert = self.page.locator(".adam-explorer [role=alert]")
+        return alert.first.inner_text() if alert.count() else ""
 
     def finish(self):
-        self.keep()
+        "Screenshot and latencies; no error may have come up, and no picture may be large."
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.locator(".adam-explorer").first.screenshot(path=SCREENSHOTS/f"{self.name}.png")
+        sizes, ms = self.page.evaluate(BYTES), np.array(self.times)*1000
+        print(f"\n{self.name}: opened in {self.opened:.1f} s; {len(ms)} moves, median {np.median(ms):.0f} ms, p95 {np.percentile(ms, 95):.0f} ms; pictures of {', '.join(f'{s/1000:.0f}' for s in sizes)} kB")
+        assert max(sizes) <= 300_000, sizes
         mine = [e for e in self.errors if "favicon" not in e]
         assert not mine, mine
         assert not self.page.locator(".jp-OutputArea [data-mime-type='application/vnd.jupyter.error']").count()
         self.page.close()
 
 
+def near(pixel, colour: str, by: int = 60) -> bool:
+    "Whether a pixel has a colour, as well as JPEG keeps it."
+    return np.abs(pixel - [int(colour[i:i + 2], 16) for i in (1, 3, 5)]).max() < by
+
+
 def test_decomposer(lab):
     e = Explorer(lab, "decomposer")
-    handle = e.page.locator(".jp-OutputArea .noUi-handle").first
-    def right(): handle.focus(); e.page.keyboard.press("ArrowRight")
-    by_key = e.changes(right)
-    cells = e.page.locator(".jp-OutputArea .widget-gridbox button")
-    assert cells.count() == 8                                       # level 3: 2 rows of 4
-    by_mouse = e.changes(cells.nth(5).click)
-    again = e.changes(e.page.locator(".jp-OutputArea button", has_text="other views").click)
-    print(f"decomposer: slider {by_key:.2f} s, part {by_mouse:.2f} s, other views {again:.2f} s")
+    assert e.cells() == 4
+    e.changes(e.press("ArrowRight"))
+    assert e.cells() == 8 and e.ask("explorer.level") == "3"                    # 2 rows of 4
+    e.changes(e.click(5))
+    assert e.ask("explorer.part") == "5"
+    assert near(e.pixel(0, .255, .75), "#E69F00") and not near(e.pixel(0, .255, .25), "#E69F00")      # its left edge is framed, the part above it is not
+    e.changes(e.button("other views"))
+    for name in ("crop", "rotation", "jitter", "blur"): e.changes(e.tick(name), 1)
+    assert e.ask("sorted(explorer.on)") == "[]"
+    for key in ["ArrowRight"]*3 + ["ArrowLeft"]*6 + ["ArrowRight"]*6 + ["ArrowLeft"]*3: e.changes(e.press(key))
+    draws = int(e.ask("explorer.draws"))
+    e.changes(e.press("ArrowLeft", times=3))
+    e.page.wait_for_function("document.querySelectorAll('.adam-cells button').length === 1")
+    assert e.ask("explorer.level") == "0" and int(e.ask("explorer.draws")) <= draws + 3      # the last value counts; nothing piles up
+    e.changes(e.press("ArrowRight", times=1)); e.changes(e.press("ArrowRight")); e.changes(e.press("ArrowRight")); e.changes(e.click(2))
+    e.page.wait_for_timeout(300)
+    before = e.page.evaluate(SRC)
+    e.enter("open", "nowhere.png")()
+    e.page.wait_for_selector(".adam-explorer [role=alert]")
+    assert "nowhere.png" in e.message() and e.page.evaluate(SRC) == before       # a sentence, and the picture stays
+    e.changes(e.click(6))
+    assert e.message() == ""
     e.finish()
 
 
 def test_pruner(lab):
     e = Explorer(lab, "pruner")
-    handle = e.page.locator(".jp-OutputArea .noUi-handle").first
-    def left():
-        handle.focus()
-        for _ in range(5): e.page.keyboard.press("ArrowLeft")
-    by_key = e.changes(left)
-    box = e.page.locator(".jp-OutputArea input[type=number]").first
-    def other(): box.fill("7"); box.press("Enter")
-    by_number = e.changes(other)
-    print(f"pruner: threshold {by_key:.2f} s, anchor {by_number:.2f} s")
+    assert e.cells() == 16
+    e.changes(e.press("ArrowLeft", times=1), 2)
+    assert e.ask("round(explorer.threshold, 2)") == "0.79"
+    e.changes(e.click(10))
+    assert e.ask("explorer.anchor") == "10"
+    e.changes(e.enter("film", "7"), 1, 2)
+    assert e.ask("explorer.anchor") == str(7*16 + 10)
+    for cell in (0, 3, 6, 9, 12, 15, 5): e.changes(e.click(cell), 1, 2)
+    for key in ["ArrowLeft"]*8 + ["ArrowRight"]*4: e.changes(e.press(key), 2)
+    e.changes(e.choose("the same", "unknown"), 2)
+    e.changes(e.choose("the same", "place"), 2)
+    e.changes(e.choose("checkpoint", "first"), 2)
+    assert e.ask("explorer.bank") == "first"
     e.finish()
+
+
+def test_correspondence(lab):
+    e = Explorer(lab, "correspondence")
+    assert e.cells() == 256
+    for cell in (0, 100, 37, 200, 255, 120, 9, 136): e.changes(e.click(cell))
+    assert e.ask("explorer.point") == str(((136 % 16 + .5)/16, (136//16 + .5)/16))
+    assert near(e.pixel(0, 8.5/16, 8.5/16 - 9.5/440), "#E69F00", 90)                   # the ring is where the mouse was
+    for key in ["ArrowRight"]*8 + ["ArrowLeft"]*4: e.changes(e.press(key), 0, 2)
+    for key in ["ArrowRight"]*4: e.changes(e.press(key, slider=1), 0, 2)
+    assert e.ask("round(100*explorer.point[1], 1)") == "55.1"
+    e.changes(e.choose("to", "the same, turned"), 1, 2)
+    e.changes(e.choose("to", "film 1"), 1, 2)
+    e.enter("name", "hilum")()
+    e.changes(e.button("pin"), 0, 1)
+    e.changes(e.tick("in 10 patients"), 2)
+    for cell in (40, 90, 150): e.changes(e.click(cell))
+    e.enter("file", str(e.folder/"points.csv"))(); e.button("save points")()
+    e.page.wait_for_function("document.querySelector('.adam-explorer [role=alert]') && document.querySelector('.adam-explorer [role=alert]').innerText.includes('points.csv')", timeout=60_000)
+    lines = (e.folder/"points.csv").read_text().splitlines()
+    assert len(lines) == 12 and lines[0].startswith("name,film,patient,x,y") and lines[1].startswith("hilum,0,")
+    e.changes(e.choose("encoder", "untrained"), 1, 2)
+    e.changes(e.click(60))
+    e.finish()
+
+
+def test_embedding(lab):
+    e = Explorer(lab, "embedding")
+    assert e.cells(0) == e.cells(1) == 1024
+    for cell in (0, 1023, 500): e.changes(e.click(cell))
+    e.changes(e.enter("point", "33"))
+    assert e.ask("explorer.selected") == "33"
+    for cell in (0, 31, 992): e.changes(e.click(cell, pad=1))
+    e.changes(e.choose("right", "pixels"), 1, 2)
+    e.changes(e.choose("right", "blocks"), 1, 2)
+    e.changes(e.enter("point", "77"))
+    e.enter("point", "999")()
+    e.page.wait_for_selector(".adam-explorer [role=alert]")
+    assert "no point 999" in e.message() and e.ask("explorer.selected") == "77"
+    e.finish()
+
+
+def test_monitor(lab):
+    import json
+    run = lab[3]/"run"
+    run.mkdir()
+    def write(*lines):
+        with open(run/"log.jsonl", "a") as f: f.writelines(json.dumps(v) + "\n" for v in lines)
+    def step(k): return {"event": "step", "stage": 0, "step": k, "global_step": k, "loss": 7 - k/40, "chance": 6.9, "kept_fraction": 1 - k/900, "positive": .4 + k/400, "negative_mean": .1, "images_per_s": 60 + k % 7, "seconds": 2.1}
+    write({"event": "stage_start", "stage": 0, "levels": [4], "global_step": 0, "steps": 200, "n_images": 512}, *(step(k) for k in range(10, 100, 10)))
+    e = Explorer(lab, "monitor")
+    e.changes(lambda: write(step(100), step(110)))                                       # another process writes, and the picture follows by itself
+    assert e.ask("explorer.progress['step']") == "110"
+    for key in ("ArrowRight", "ArrowRight", "ArrowLeft"): e.changes(e.press(key))
+    e.changes(lambda: write("no event"))
+    assert e.ask("explorer.follower.broken") == "1"
+    e.tick("look every")()
+    e.page.wait_for_timeout(1500)
+    before = e.page.evaluate(SRC)
+    write(step(120), {"event": "finished", "global_step": 120})
+    e.page.wait_for_timeout(1500)
+    assert e.page.evaluate(SRC) == before                                                # switched off: it waits to be asked
+    e.changes(e.button("look again"))
+    assert e.ask("explorer.progress['state']") == "finished"
+    (run/"log.jsonl").unlink()
+    e.button("look again")()
+    e.page.wait_for_selector(".adam-explorer [role=alert]")
+    assert "There is no log" in e.message()
+    e.finish()
+
+
+def test_what_cannot_be_opened_is_told_inside(lab):
+    e = Explorer(lab, "broken", pictures=False)
+    assert "damaged.png" in e.message()
+    assert not e.page.locator(".jp-OutputArea [data-mime-type='application/vnd.jupyter.error']").count()
+    e.page.close()

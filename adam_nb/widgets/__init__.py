@@ -10,11 +10,15 @@ from ..decomposer import show_decomposition
 from ..draw import show_boxes, show_images, show_landmarks, show_masks
 from ..parts import Parts, cut_parts, show_pruning
 from ..views import show_views
-from .decomposer import DecomposerExplorer, show_part
-from .frame import Explorer, Films
 from .banks import parts_of_run, stages_of_run, structures
+from .correspondence import CorrespondenceExplorer, show_point
+from .decomposer import DecomposerExplorer, show_part
+from .embedding import EmbeddingExplorer, landmark_points, part_points, show_embedding
+from .frame import Explorer, Films
+from .monitor import TrainingMonitor, show_training
 from .pruner import PrunerExplorer
 
-# %% ../../nbs/26_widgets.ipynb #6b635cd3
-__all__ = ["DecomposerExplorer", "Explorer", "Films", "PrunerExplorer", "Parts", "cut_parts", "parts_of_run", "stages_of_run", "structures", "show_boxes", "show_decomposition", "show_images",
-           "show_landmarks", "show_masks", "show_part", "show_pruning", "show_views"]
+# %% ../../nbs/26_widgets.ipynb #8c0753af
+__all__ = ["CorrespondenceExplorer", "DecomposerExplorer", "EmbeddingExplorer", "Explorer", "Films", "PrunerExplorer", "TrainingMonitor", "Parts", "cut_parts", "landmark_points",
+           "part_points", "parts_of_run", "stages_of_run", "structures", "show_boxes", "show_decomposition", "show_embedding", "show_images", "show_landmarks", "show_masks",
+           "show_part", "show_point", "show_pruning", "show_training", "show_views"]

@@ -110,7 +110,7 @@ def heat_over(
     panel: Image.Image,                       # RGB
     values: np.ndarray,                       # (R, C)
     low: float, high: float,                  # shown as the darkest and the brightest colour
-    strength: float = 0.55,                   # share of the colour
+    strength: float = 0.45,                   # share of the colour
 ) -> Image.Image:
     "A panel under a grid of values."
     grid = np.clip((np.asarray(values, np.float32) - low)/max(high - low, 1e-9), 0, 1)

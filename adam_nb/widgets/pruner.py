@@ -190,10 +190,10 @@ def _histogram(self) -> Image.Image:
         ax.axvline(self.threshold, color="black", linestyle="--", linewidth=1.4)
         ax.annotate(f"γ = {self.threshold:.2f}", (self.threshold, 1), xycoords=("data", "axes fraction"), xytext=(4 if self.threshold < .85 else -4, -10), textcoords="offset points", ha="left" if self.threshold < .85 else "right", fontsize=9)
         ax.set(xlabel="cosine similarity to the anchor", ylabel="parts", xlim=(edges[0], 1))
-        ax.legend(frameon=False, fontsize=9, loc="upper left")
+        ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
     words = f"{self.parts.name(self.anchor)}, of {self.bank}: {r['others']:,} parts may be negatives, {r['pruned']:,} are pruned, {r['kept']:,} kept. Loss {r['loss']:.2f}, without the pruner {r['loss_without']:.2f}."
     if self.same is not None: words += f"\n{r['same']:,} show the same {self.truth}; of those {r['right']:,} are pruned. {r['pruned'] - r['right']:,} of the pruned show another."
-    if not hasattr(self, "_chart"): self._chart = Chart(940, 200)
+    if not hasattr(self, "_chart"): self._chart = Chart(940, 180, (64, 190, 14, 46))
     return stack(self._chart.picture(draw), caption(words, 940))
 
 def _pictures(self) -> list: return [_film_picture(self), _thumbnails(self), _histogram(self)]
