@@ -267,6 +267,27 @@ def test_no_code_runs(tmp_path):
     assert not (tmp_path/"owned").exists()
 
 
+def test_what_a_framework_leaves_beside_the_weights(tmp_path, monkeypatch):
+    "As mmengine writes it: a history object with an array and with methods of its class, which are never built or called."
+    import sys
+    import types
+    import numpy as np
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    class HistoryBuffer:
+        called = []
+        def mean(self): self.called.append(1)
+        def __setstate__(self, state): self.called.append(2)
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__, HistoryBuffer.mean.__module__, HistoryBuffer.mean.__qualname__ = "mmengine.logging.history_buffer", "HistoryBuffer", "mmengine.logging.history_buffer", "HistoryBuffer.mean"
+    module.HistoryBuffer = HistoryBuffer
+    for name in ("mmengine", "mmengine.logging"): monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    history = HistoryBuffer(); history.values, history.methods = np.arange(3.), {"mean": HistoryBuffer.mean}
+    torch.save({"state_dict": under("backbone.", PLAIN), "message_hub": {"log_scalars": {"train/loss": history}, "runtime_info": {"iter": 3}}, "meta": {"time": "x"}}, tmp_path/"mm.pth")
+    for name in ("mmengine", "mmengine.logging", module.__name__): monkeypatch.delitem(sys.modules, name)
+    encoder, card = load_encoder(tmp_path/"mm.pth", verbose=False)
+    assert (encoder.backbone, card["report"]["missing"], HistoryBuffer.called) == ("resnet18", 0, [])
+
+
 def test_the_report_is_printed_for_foreign_files(tmp_path, capsys):
     torch.save({"state_dict": under("module.encoder_q.", PLAIN) | {"module.queue": torch.ones(4)}}, tmp_path/"moco.pth")
     load_encoder(tmp_path/"moco.pth")

@@ -22,6 +22,7 @@ def world(rng, seeds=5, draws=3, shared=1.0):
     return tuple(runs(rng.normal(0, 1, (seeds, 1)) + film + rng.normal(0, 0.3, (seeds, draws))) for _ in range(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("test", [paired, welch])
 def test_the_dictionaries_find_five_percent(test):
     assert abs(false_positives(world, lambda a, b: test(a, b)["p"], 2000) - 0.05) < 0.0125       # 2,000 trials: ± 1 % is two standard errors
@@ -46,6 +47,7 @@ def test_equal_to_scipy_on_odd_values():
         np.testing.assert_allclose([p["t"], p["p"], w["t"], w["p"], w["df"]], [rel.statistic, rel.pvalue, ind.statistic, ind.pvalue, ind.df], rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth():
     rng = np.random.default_rng(2)
     truth, hits, effects = 0.7, [], []
