@@ -178,8 +178,11 @@ def _transfer(run: Run, album: Album) -> str:
     try: table = transfer.transfer_table(run)
     except Missing as e: return gap(e)
     unequal = "".join(f"<li>{escape(line)}</li>" for line in transfer.inequalities(run))
-    caption = "Mean ± standard deviation over runs; difference with Student's 95 % interval; p by Welch's t-test, corrected by Holm for the number of questions." + (" † published, same task, another setting." if "published †" in table else "")
-    return _figures(run, "transfer") + _frame(table, caption, 4) + f"<h3>What is not equal between the arms</h3><ul>{unequal}</ul>"
+    tests = [c for c in ("difference", "Hedges' g", "p (Welch, Holm)", "runs an arm") if c in table]
+    caption = "Mean ± standard deviation over runs." + (" † published: the same task in another setting." if table.task.str.startswith("†").any() else "")
+    body = _figures(run, "transfer") + _frame(table.drop(columns=tests), caption, 3)
+    if "difference" in table: body += _frame(table[table.difference.notna()][["task", *tests]], "Differences with Student's 95 % interval; p by Welch's t-test, corrected by Holm for the number of questions.", 2)
+    return body + f"<h3>What is not equal between the arms</h3><ul>{unequal}</ul>"
 
 def _classes(run: Run, album: Album) -> str:
     some = [r for r in run.results if r["kind"] == "classify"]

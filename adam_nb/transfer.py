@@ -138,23 +138,27 @@ def few_shot_table(run: Run):
     names = [n for n in [arm_name(a) for a in rows] + list(paper) if any(n in c for c in columns.values())]
     return pd.DataFrame([[n, *(c.get(n, "–") for c in columns.values())] for n in names], columns=["arm", *columns])
 
-# %% ../nbs/23d_transfer.ipynb #f06728a9
+# %% ../nbs/23d_transfer.ipynb #73344e53
+def _rows_of(r: dict, arms: list[str]) -> list[dict]:
+    "The row of one question, and below it the published row where there is one."
+    t, sign = r["test"], lambda v: f"{v:+.1f}".replace("-", "−")
+    row = {"task": f"{_name(r['task'], r['structure'])}: {r['unit']}", "labels": str(r["shots"]), "test films": r["n"]} | {arm_name(a): _cell(r["arms"].get(a)) for a in arms}
+    if t: row |= {"difference": f"{arm_name(r['target'])} − {arm_name(r['other'])}: {sign(t['mean'])}" + (f" [{sign(t['low'])}, {sign(t['high'])}]" if np.isfinite(t["low"]) else ""), "Hedges' g": t["g"], "p (Welch, Holm)": r["p_holm"]}
+    row["runs an arm"] = f"{r['arms'][r['target']]['n']} {r['what']}"
+    paper = {arm_name(a): f"{p[0]:.2f}" + (f" ± {p[1]:.2f}" if p[1] is not None else "") for a in arms if (p := published(r["task"], r["structure"], a, r["shots"]))}
+    return [row] + ([{"task": f"† {_name(r['task'], r['structure'])}, published", "labels": str(r["shots"])} | paper] if paper else [])
+
 def transfer_table(run: Run, shots=None):
-    "A DataFrame: a question a row, arms as columns (mean ± sd), Adam − best other with its 95 % interval, Hedges' g, p (Welch, Holm), published values marked with †; tasks without data at the end."
+    "A DataFrame: a question a row, arms as columns (mean ± sd), Adam − best rival with its 95 % interval, Hedges' g, p (Welch, Holm); published numbers in rows marked with †; tasks without data at the end."
     import pandas as pd
-    every, rows = standings(run, shots), []
+    every = standings(run, shots)
     arms = [a for a in arms_of(run) if any(a in r["arms"] for r in every)]
-    for r in every:
-        t, paper = r["test"], {a: p for a in METHODS if (p := published(r["task"], r["structure"], a, r["shots"]))}
-        sign = lambda v: f"{v:+.1f}".replace("-", "−")
-        row = {"task": _name(r["task"], r["structure"]), "labels": str(r["shots"]), "test films": r["n"], "unit": r["unit"]} | {arm_name(a): _cell(r["arms"].get(a)) for a in arms}
-        row["difference"] = None if not t else f"{arm_name(r['target'])} − {arm_name(r['other'])}: {sign(t['mean'])}" + (f" [{sign(t['low'])}, {sign(t['high'])}]" if np.isfinite(t["low"]) else "")
-        row |= {"Hedges' g": t["g"] if t else np.nan, "p (Welch, Holm)": r["p_holm"], "runs": f"{r['arms'][r['target']]['n']} {r['what']}"}
-        if any(question(q["task"], q["structure"]) for q in every): row["published †"] = "; ".join(f"{METHODS[a]} {p[0]:.2f}" + (f" ± {p[1]:.2f}" if p[1] is not None else "") for a, p in paper.items() if a in (*arms, "adam", "moco_v2", "imagenet", "supervised")) or "–"
-        rows.append(row)
+    rows = [row for r in every for row in _rows_of(r, arms)]
     rows += [{"task": task, "labels": why if str(why).startswith("no data") else f"no data: {why}"} for task, why in (run.plan.get("absent") or {}).items() if not any(r["task"] == task for r in every)]
     if not rows: raise Missing(f"No target task. {waiting(run, 'segment', 'classify')}")
-    return pd.DataFrame(rows).fillna("–") if any("difference" not in r for r in rows) else pd.DataFrame(rows)
+    columns = ["task", "labels", "test films", *map(arm_name, arms), "difference", "Hedges' g", "p (Welch, Holm)", "runs an arm"]
+    table = pd.DataFrame(rows)
+    return table[[c for c in columns if c in table]].astype(object).where(lambda t: t.notna(), None)
 
 # %% ../nbs/23d_transfer.ipynb #c73f52da
 def inequalities(run: Run) -> list[str]:
