@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ClassifyConfig', 'Classifier', 'masked_bce', 'features', 'linear_scores', 'knn_scores', 'label_metrics',
-           'finetune_classifier', 'mean_metrics', 'run_classify']
+           'finetune_classifier', 'export_encoder', 'mean_metrics', 'run_classify']
 
-# %% ../nbs/17_classify.ipynb #0027d63e
-import time
+# %% ../nbs/17_classify.ipynb #170c1465
+import os, time
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -19,53 +20,68 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
+from .augment import centre
 from .config import AdamError, to_dict
-from .finetune import Arrays, fit, load_arrays, mean_and_std, pick_device, predict, seeded, start_encoder, thread_count
+from .device import pick_device, pick_precision
+from .encoders import save_encoder
+from .finetune import Arrays, fit, load_arrays, mean_and_std, predict, seeded, start_encoder, thin, thread_count
 from .metrics import auprc, auroc, auroc_ci
+from .predictions import code_of, finished_run, predictions_folder, run_key, save_run, save_truth
+from .protocols import Monitor, augmentation, check_input, filled, limited, no_data, parts_of, step_counts
 from .results import result
 from .tasks import label_fraction, task
 
-# %% ../nbs/17_classify.ipynb #693dc231
+# %% ../nbs/17_classify.ipynb #91df03d8
 @dataclass
 class ClassifyConfig:
-    "All parameters of a classification study. The defaults are the small recipe; published values in the comments."
+    "All parameters of a classification study. Null where it may stand: as the protocol says; the values in comments are those of fixed (published)."
     task: str = "findings_phantom"              # task by name
     data_root: str | None = None                # the data set's folder; null: the usual place below ADAM_NB_DATA
     data_options: dict[str, object] = field(default_factory=dict)  # options of the data set (phantoms: n, size, seed)
+    if_missing: Literal["error", "note"] = "error"  # a data set that is not there: refuse, or write a result that says where to get it
+    protocol: Literal["fixed", "published"] = "fixed"  # fixed steps and last weights, or the group's: epochs, best by validation
     methods: list[Literal["finetune", "linear", "knn"]] = field(default_factory=lambda: ["finetune", "linear", "knn"])  # how the encoder is questioned
     fractions: list[float] = field(default_factory=lambda: [1.0])  # shares of the training patients whose labels are used
     draw_seeds: list[int] = field(default_factory=lambda: [0])  # a draw of patients each, the same for all arms
-    size: int = 128                             # side of the input in pixels (published: 224)
-    steps: int = 200                            # of fine-tuning; the last weights are judged unless patience is set
-    batch_size: int = 16                        # films in a step (published: 32)
-    lr: float = 5e-4                            # of Adam (published: 2e-4)
+    size: int | None = None                     # side of the input in pixels: 128 (224)
+    load_size: int | None = None                # side at which films are kept, from which crops of size are taken; null: size (256)
+    tencrop: bool | None = None                 # fine-tuned scores as means over ten crops of size: false (true)
+    steps: int | None = None                    # of fine-tuning: 200, or as many as the epochs have
+    epochs: int | None = None                   # instead of steps (at most 1000)
+    patience: int | None = None                 # validations without a lower loss until the end, best weights judged; null: last weights (10; VinDr-CXR 30)
+    val_every: int | None = None                # steps between validations, if patience is set: 20 (an epoch)
+    val_share: float = 0.1                      # of the pool's patients, becomes validation where the data set has none
+    batch_size: int | None = None               # films in a step: 16 (32)
+    lr: float | None = None                     # of Adam: 5e-4 (2e-4)
     encoder_lr: float = 1.0                     # the encoder's learning rate as a share of lr
-    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate
-    augment: bool = True                        # small crops, turns and light changes; no flip
-    patience: int | None = None                 # validations without a lower loss until the end, best weights judged; null: all steps (published: 10 epochs)
-    val_every: int = 20                         # steps between validations, if patience is set
+    schedule: Literal["cosine", "constant", "plateau"] | None = None  # of the learning rate; plateau halves it after 5 validations without a lower loss: cosine (plateau)
+    augment: Literal["none", "small", "published"] | None = None  # small crops, turns and light changes, no flip; published: large crops, flips, turns; validation and test never: small (published)
     neighbours: int = 20                        # of knn
     linear_c: float = 0.1                       # inverse strength of the linear probe's L2 penalty
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the forward pass; auto: bf16 where the device has instructions for it; loss and weights are fp32
+    precision: Literal["auto", "bf16", "fp32"] | None = None  # of the forward pass; auto: bf16 where the device has instructions for it; loss and weights are fp32: auto (fp32)
     threads: int | None = None                  # CPU threads; null: as they are
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     seed: int = 0                               # of the head's weights, batches and augmentation
     test_limit: int | None = None               # at most this many test films, evenly spaced (trials only)
+    keep_models: bool = False                   # save the encoder of each fine-tuned network beside the result, as a checkpoint to start from
 
-# %% ../nbs/17_classify.ipynb #7318cfd9
+# %% ../nbs/17_classify.ipynb #251f1442
 def _check(config: ClassifyConfig):
-    "The task, after a look at the values that the types cannot refuse."
+    "The task and the config with the protocol's values, after a look at what the types cannot refuse."
     job = task(config.task)
     if job.kind != "classify": raise AdamError(f"Task {job.name} is no classification; use the segment notebook.")
     for key in ("methods", "fractions", "draw_seeds"):
         if not getattr(config, key): raise AdamError(f"'{key}' needs at least one entry.")
+    config = filled(config, job)
+    if config.load_size is None: config = replace(config, load_size=config.size)
     if config.size < 32: raise AdamError(f"size is {config.size}, but must be at least 32.")
-    for key in ("patience", "test_limit", "val_every", "neighbours"):
+    if config.load_size < config.size: raise AdamError(f"load_size is {config.load_size}, but crops of size {config.size} are taken from the films; it must be at least size.")
+    for key in ("patience", "test_limit", "val_every", "neighbours", "epochs"):
         if getattr(config, key) is not None and getattr(config, key) < 1: raise AdamError(f"{key} must be at least 1.")
     if not config.linear_c > 0: raise AdamError("linear_c must be positive.")
-    return job
+    return job, config
 
-# %% ../nbs/17_classify.ipynb #ebb3e1ca
+# %% ../nbs/17_classify.ipynb #c8669f80
 class Classifier(nn.Module):
     "An encoder and one linear layer: images (B, 1|3, H, W) in [0, 1] → logits (B, outputs)."
     def __init__(self, encoder, outputs: int, head_seed: int = 0):
@@ -83,7 +99,7 @@ def masked_bce(
     loss = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none")
     return (loss * known).sum() / known.sum().clamp(min=1)
 
-# %% ../nbs/17_classify.ipynb #068753d5
+# %% ../nbs/17_classify.ipynb #62dd8a8f
 @torch.inference_mode()
 def features(encoder, images: torch.Tensor, batch_size: int = 64) -> np.ndarray:
     "Pooled features `(N, dim)` float32 of uint8 images, in evaluation mode and fp32; the mode is put back."
@@ -107,7 +123,7 @@ def linear_scores(
         out[:, j] = (y.mean() if len(y) else 0.5) if len(np.unique(y)) < 2 else LogisticRegression(C=c, max_iter=2000).fit(a[known], y).predict_proba(b)[:, 1]
     return out
 
-# %% ../nbs/17_classify.ipynb #f453e836
+# %% ../nbs/17_classify.ipynb #c30fb6a6
 def knn_scores(
     train: np.ndarray,         # (N, D) features
     labels: np.ndarray,        # (N, outputs): 0, 1 or NaN
@@ -128,7 +144,7 @@ def knn_scores(
             out[i:i + 512, j] = (weight * y[index]).sum(1).numpy()
     return out
 
-# %% ../nbs/17_classify.ipynb #a5e20a5c
+# %% ../nbs/17_classify.ipynb #488f70d2
 def label_metrics(
     test: Arrays,
     scores: np.ndarray,        # (N, outputs)
@@ -146,19 +162,7 @@ def label_metrics(
     return {"auroc_mean": roc["mean"], "auroc_mean_low": low, "auroc_mean_high": high, "auprc_mean": pr["mean"], "classes": roc["classes"],
             "auroc": roc["per_class"], "auprc": pr["per_class"], "too_few": roc["too_few"], "within": within}
 
-# %% ../nbs/17_classify.ipynb #aa37c6f3
-class _EarlyStop:
-    "Keeps the weights with the lowest validation loss; asks to stop after `patience` validations without a lower one."
-    def __init__(self, val, every, patience, precision): self.val, self.every, self.patience, self.precision, self.best, self.bad, self.losses, self.state = val, every, patience, precision, float("inf"), 0, [], None
-    def __call__(self, step, model):
-        if (step + 1) % self.every: return False
-        p = predict(model, self.val.images, precision=self.precision).clamp(1e-6, 1 - 1e-6)
-        self.losses.append([step + 1, masked_bce(p.logit(), self.val.targets).item()])
-        if self.losses[-1][1] < self.best: self.best, self.bad, self.state = self.losses[-1][1], 0, deepcopy(model.state_dict())
-        else: self.bad += 1
-        return self.bad >= self.patience
-
-# %% ../nbs/17_classify.ipynb #0c04ebf8
+# %% ../nbs/17_classify.ipynb #15a09d67
 def _labelled(data, what):
     if not (~data.targets.isnan()).any(): raise AdamError(f"No film of the {what} part has a label of {', '.join(data.names)}; check the data set's label file.")
     return data
@@ -174,40 +178,70 @@ def finetune_classifier(
     return_model: bool = False,      # with the trained `model`
     progress: bool = False,
 ) -> dict:
-    "Fine-tune encoder and head, judge on `test`: {metrics, scores (N, outputs), series, n, encoder, train_s[, model]}."
-    job, device = _check(config), pick_device(config.device)
+    "Fine-tune encoder and head, judge on `test`: {metrics, scores (N, outputs), series, n, encoder, train_s, work_share[, model]}."
+    (job, config), device = _check(config), pick_device(config.device)
     start, about = start_encoder(encoder, backbone, in_channels, encoder_seed)
-    train, test, val = (x if x is None or isinstance(x, Arrays) else load_arrays(x, job, config.size) for x in (train, test, val))
+    check_input(start, config.size)
+    train, test, val = (x if x is None or isinstance(x, Arrays) else load_arrays(x, job, config.load_size) for x in (train, test, val))
     _labelled(train, "training"); _labelled(test, "test")
-    stop = None
+    steps, batch, every = step_counts(config, len(train))
+    stop, clock = None, {}
     if config.patience is not None:
         if val is None or not len(val): raise AdamError("Early stopping (patience) needs a validation part, and there is none; set patience to null for a fixed number of steps.")
-        stop = _EarlyStop(_labelled(val, "validation"), config.val_every, config.patience, config.precision)
+        stop = Monitor(_labelled(val, "validation"), masked_bce, every, config.patience, 4 * batch, config.precision, config.size, plateau=5 if config.schedule == "plateau" else None)
     with thread_count(config.threads):
         model = Classifier(start, len(train.names), head_seed=config.seed * 1000 + draw_seed).to(device)
         t0 = time.perf_counter()
-        series = fit(model, train, masked_bce, model.encoder, steps=config.steps, batch_size=config.batch_size, lr=config.lr, encoder_lr=config.encoder_lr, schedule=config.schedule,
-                     precision=config.precision, augment=config.augment, seed=[config.seed, draw_seed], after=stop, progress=progress, title=f"{job.name}, {len(train)} films")
-        if stop is not None:
-            if stop.state is None: raise AdamError(f"No validation took place in {len(series['loss'])} steps; val_every is {config.val_every}, set it lower.")
-            model.load_state_dict(stop.state); series["val_loss"] = stop.losses
+        series = fit(model, train, masked_bce, model.encoder, steps=steps, batch_size=batch, lr=config.lr, encoder_lr=config.encoder_lr, schedule=config.schedule, precision=config.precision,
+                     augment=augmentation(config.augment, "classify", config.size), seed=[config.seed, draw_seed], after=stop, clock=clock, progress=progress, title=f"{job.name}, {len(train)} films")
+        if stop: stop.restore(model, len(series["loss"])); series["val_loss"] = stop.losses
         seconds = time.perf_counter() - t0
-        scores = predict(model, test.images, precision=config.precision).numpy()
+        scores = predict(model, test.images, precision=config.precision, size=config.size, tencrop=config.tencrop).numpy()
         metrics = label_metrics(test, scores, config.seed)
-    out = {"metrics": metrics, "scores": scores, "series": series, "n": {"train_images": len(train), "test_images": len(test)}, "encoder": about, "train_s": seconds}
+    out = {"metrics": metrics, "scores": scores, "series": series, "n": {"train_images": len(train), "test_images": len(test), "steps": len(series["loss"])}, "encoder": about, "train_s": seconds,
+           "work_share": clock["work_s"] / clock["steps_s"]}
     return out | ({"model": model.eval()} if return_model else {})
 
-# %% ../nbs/17_classify.ipynb #471bafc2
+# %% ../nbs/17_classify.ipynb #84c4f573
+def export_encoder(
+    model: Classifier,
+    path: str | os.PathLike,
+    arm: str = "supervised",     # name in the results of those who start from it
+    **facts,                     # for the card, JSON-able: task, data, config, metrics …
+) -> Path:
+    "Write a fine-tuned classifier's encoder, without its head, as a safetensors checkpoint with card."
+    return save_encoder(path, model.encoder.cpu(), {"arm": arm, "objective": "classification", **facts})
+
+# %% ../nbs/17_classify.ipynb #5ef78872
 def mean_metrics(runs: list[dict]) -> dict[str, float]:
     "Means over draws as flat names, `linear@0.1/auroc_mean`; with `…/std` (ddof 1) where there are several draws."
-    values = {}
+    values, number = {}, lambda v: float("nan") if v is None else v
     for r in runs:
         for question, m in r["metrics"].items():
             flat = {"auroc_mean": m["auroc_mean"], "auprc_mean": m["auprc_mean"]} | {f"auroc_mean_{g}": w["auroc_mean"] for g, w in m["within"].items()}
-            for name, v in flat.items(): values.setdefault(f"{question}/{name}", []).append(v)
+            for name, v in flat.items(): values.setdefault(f"{question}/{name}", []).append(number(v))
     return mean_and_std(values)
 
-# %% ../nbs/17_classify.ipynb #e4195651
+_CODE = ("augment", "classify", "finetune", "metrics", "model", "predictions", "protocols", "tasks")
+
+class _Frozen:
+    "Features of the untouched encoder, computed when first asked for."
+    def __init__(self, encoder, config): self.encoder, self.config, self.kept = encoder.to(pick_device(config.device)), config, {}
+    def __call__(self, part: Arrays) -> np.ndarray:
+        if id(part) not in self.kept: self.kept[id(part)] = features(self.encoder, centre(part.images, self.config.size))
+        return self.kept[id(part)]
+
+def _one_run(method, config, start, frozen, train, test, val, index, s, progress):
+    "(entry of `runs` without its key, scores, fine-tuned model or None)."
+    t0, part = time.perf_counter(), _labelled(train[index], "training")
+    if method == "finetune":
+        r = finetune_classifier(config, start, part, test, val, draw_seed=s, return_model=True, progress=progress)
+        return {"metrics": r["metrics"], "series": thin(r["series"]), "n": r["n"], "train_s": time.perf_counter() - t0, "work_share": r["work_share"]}, r["scores"], r["model"]
+    known, asked, y = frozen(train)[index], frozen(test), part.targets.numpy()
+    scores = linear_scores(known, y, asked, config.linear_c) if method == "linear" else knn_scores(known, y, asked, config.neighbours)
+    return {"metrics": label_metrics(test, scores, config.seed), "series": {}, "n": {"train_images": len(part), "test_images": len(test)}, "train_s": time.perf_counter() - t0, "work_share": None}, scores, None
+
+# %% ../nbs/17_classify.ipynb #2a07bbcb
 def run_classify(
     config: ClassifyConfig,
     encoder=None,                    # Encoder, Eve, path of a checkpoint, or None: random
@@ -215,42 +249,43 @@ def run_classify(
     pretrain_seed: int = 0,          # recorded; also the seed of a random encoder
     backbone: str | None = None, in_channels: int | None = None,   # of a random encoder; None: resnet18, grey
     cache=None,                      # folder for decoded films
+    out=None,                        # the result's path: scores and encoders go beside it, and finished runs are found there
     progress: bool = True,
 ) -> dict:
-    "All methods, fractions and draws for one encoder; a result (kind `classify`) with one entry in `runs` for each. It is not written."
-    t0, job = time.perf_counter(), _check(config)
+    "All methods, fractions and draws for one encoder; a result (kind `classify`) with one entry in `runs` for each. It is not written. Without the data: see `if_missing`."
+    t0, (job, config) = time.perf_counter(), _check(config)
+    if (noted := no_data(job, config, arm, pretrain_seed)) is not None: return noted
     with thread_count(config.threads):
         start, about = start_encoder(encoder, backbone or "resnet18", in_channels or 1, pretrain_seed)
-        load = lambda part: job.load(part, config.data_root, **config.data_options)
-        pool, held_out = load("train"), load("test")
-        limit = config.test_limit
-        shown = held_out if limit is None or limit >= len(held_out) else held_out[np.linspace(0, len(held_out) - 1, limit).round().astype(int)]
-        train, test = (load_arrays(x, job, config.size, cache, progress=progress) for x in (pool, shown))
-        val = load_arrays(load("val"), job, config.size, cache, progress=progress) if config.patience is not None and "finetune" in config.methods else None
-        both = set(train.patients) & set(test.patients)
-        if both: raise AdamError(f"Task {job.name}: {len(both)} patients are in train and test, such as {min(both)}; mend the split.")
-        if set(config.methods) - {"finetune"}:
-            frozen = start.to(pick_device(config.device))
-            known, asked = features(frozen, train.images), features(frozen, test.images)
-        runs = []
+        check_input(start, config.size)
+        pool, held, held_out = parts_of(job, config, config.patience is not None and "finetune" in config.methods)
+        load = lambda x: load_arrays(x, job, config.load_size, cache, progress=progress)
+        train, test, val = load(pool), load(limited(held_out, config.test_limit)), None if held is None else load(held)
+        folder = None if out is None else predictions_folder(out)
+        if folder: save_truth(folder, test)
+        facts = {k: v for k, v in to_dict(config).items() if k not in ("data_root", "methods", "fractions", "draw_seeds", "threads", "device", "if_missing")} | {
+            "encoder": about["hash"], "test": held_out.fingerprint(), "val": held and held.fingerprint(), "code": code_of(*_CODE), "precision": pick_precision(config.precision, pick_device(config.device))}
+        runs, frozen = [], _Frozen(start, config)
         for fraction in config.fractions:
             for s in config.draw_seeds:
                 index = label_fraction(train.patients, fraction, s)
-                part = _labelled(train[index], "training")
                 for method in config.methods:
-                    t1 = time.perf_counter()
-                    if method == "finetune":
-                        r = finetune_classifier(config, start, part, test, val, draw_seed=s, progress=progress)
-                        scores, metrics, series = r["scores"], r["metrics"], r["series"]
-                    else:
-                        y = part.targets.numpy()
-                        scores = linear_scores(known[index], y, asked, config.linear_c) if method == "linear" else knn_scores(known[index], y, asked, config.neighbours)
-                        metrics, series = label_metrics(test, scores, config.seed), {}
-                    runs.append({"method": method, "fraction": fraction, "draw_seed": s, "metrics": {method if fraction == 1 else f"{method}@{fraction:g}": metrics}, "scores": np.round(scores, 5).tolist(), "series": series,
-                                 "n": {"train_images": len(part), "test_images": len(test)}, "train_s": time.perf_counter() - t1})
+                    label = f"{method}_share{fraction:g}_draw{s}"
+                    key = run_key(**facts, method=method, draw_seed=s, films=pool[index].fingerprint())
+                    entry = finished_run(folder, label, key) if folder else None
+                    if entry and entry["model"] and not (Path(out).parent/entry["model"]).is_file(): entry = None
+                    if entry is None:
+                        entry, scores, model = _one_run(method, config, start, frozen, train, test, val, index, s, progress)
+                        entry |= {"method": method, "fraction": fraction, "draw_seed": s, "metrics": {method if fraction == 1 else f"{method}@{fraction:g}": entry["metrics"]}, "model": None}
+                        if folder:
+                            if model is not None and config.keep_models:
+                                entry["model"] = f"{Path(out).stem}_{label}_encoder.safetensors"
+                                export_encoder(model, Path(out).parent/entry["model"], task=job.name, config=to_dict(config), data={"name": pool.name, "hash": pool.fingerprint()}, classes=train.names, start=about)
+                            entry["predictions"] = f"{folder.name}/{label}.npz"
+                            save_run(folder, label, key, entry, scores, [train.paths[i] for i in index])
+                    runs.append(entry)
         return result("classify", arm=arm or about["arm"], seeds={"pretrain_seed": pretrain_seed, "draw_seeds": config.draw_seeds, "seed": config.seed}, config=to_dict(config),
                       data={"name": pool.name, "hash": pool.fingerprint(), "test_hash": held_out.fingerprint(), "n": len(pool) + len(held_out)}, metrics=mean_metrics(runs),
-                      n={"pool_images": len(pool), "test_images": len(test), "test_patients": len(set(test.patients)), "draws": len(config.draw_seeds)},
+                      n={"pool_images": len(pool), "val_images": 0 if held is None else len(held), "test_images": len(test), "test_patients": len(set(test.patients)), "draws": len(config.draw_seeds)},
                       wall_time_s=time.perf_counter() - t0, task=job.name, protocol=job.protocol, classes=test.names,
-                      test={"path": test.paths, "patient": test.patients.tolist(), "group": test.groups.tolist(), "labels": test.targets.numpy()},
-                      encoder={k: v for k, v in about.items() if k != "arm"}, runs=runs)
+                      encoder={k: v for k, v in about.items() if k != "arm"}, precision=facts["precision"], runs=runs)

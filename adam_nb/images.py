@@ -237,11 +237,14 @@ def open_colour(path: str | os.PathLike, stored: bool = False) -> np.ndarray:
 
 # %% ../nbs/03_images.ipynb #e0e0c0a4
 def open_mask(path: str | os.PathLike) -> np.ndarray:
-    "A bool array `(H, W)`: pixels above half of the brightest value (of the full range for JPEG and WebP)."
+    "A bool array `(H, W)`: pixels above half of the brightest value (of the full range for JPEG and WebP). `AdamError` for a map of several labels (0, 1, 2 …)."
     image = open_grey(path)
     head = _head(Path(path))
     lossy = head.startswith(b"\xff\xd8") or head[12:16] in (b"VP8 ", b"VP8X")     # JPEG and WebP by content; a lossless WebP begins with VP8L
-    return image > (.5 if lossy else image.max()/2)
+    top = image.max()
+    if not lossy and 1/255 < top <= 32/255 and len(labels := np.unique(image)) > 2:      # a mask has two values, a soft one many up to white
+        raise AdamError(f"{path} holds the labels {', '.join(f'{v*255:g}' for v in labels[:5])}{' …' if len(labels) > 5 else ''}, but a mask has two values; write each structure as a mask of its own.")
+    return image > (.5 if lossy else top/2)
 
 # %% ../nbs/03_images.ipynb #9df75386
 def _sideways(im: Image.Image, file) -> bool:

@@ -82,6 +82,7 @@ def target_labels(task: Task, record, label_names=()) -> np.ndarray:
     out = []
     for output, names in task.sources(label_names=label_names).items():
         values = [float(record.labels.get(n, np.nan)) for n in names]
+        if odd := [v for v in values if v not in (0, 1) and not np.isnan(v)]: raise AdamError(f"Task {task.name}: {record.path} has the value {odd[0]:g} for {output}, but labels are 0, 1 or unknown; mend the table.")
         value = 1.0 if 1.0 in values else np.nan if any(np.isnan(v) for v in values) else max(values)
         out.append(1 - value if output in task.inverted else value)
     return np.array(out, dtype=np.float32)

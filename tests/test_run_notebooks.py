@@ -86,3 +86,20 @@ def test_arms_share_what_is_equal():
     first = [n for n in stages if n.wiring["only"] == 0 and n.wiring["init"] is None and not isinstance(n.values["stages"][0], list)]
     assert len(first) == 1, "Adam, Adam without pruner and MoCo-v2 have their first stage in common"
     assert len({digest([n.values, n.wiring["only"], n.wiring["init"]]) for n in stages}) == len(stages)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT/"params/tasks").glob("*.yaml")), ids=lambda p: p.stem)
+def test_each_task_has_its_published_protocol_written_out(path):
+    "Every setting of the task's run notebook, as `protocol: published` fills it."
+    from adam_nb.protocols import filled
+    job, values = task(path.stem), read_yaml(path)
+    kind = config_class(job.kind)
+    config = build(kind, values, str(path))
+    assert set(values) == {f.name for f in dataclasses.fields(kind)} and config.protocol == "published" and config.task == path.stem
+    bare = {k: v for k, v in values.items() if k not in job.published}
+    assert filled(build(kind, bare), job) == config
+
+
+def test_every_task_on_real_data_has_such_a_file():
+    from adam_nb.tasks import TASKS
+    assert {p.stem for p in (ROOT/"params/tasks").glob("*.yaml")} == {n for n in TASKS if not n.endswith("_phantom")}
