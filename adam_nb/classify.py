@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ClassifyConfig', 'Classifier', 'masked_bce', 'features', 'linear_scores', 'knn_scores', 'label_metrics',
-           'finetune_classifier', 'export_encoder', 'mean_metrics', 'run_classify']
+           'finetune_classifier', 'mean_metrics', 'run_classify']
 
-# %% ../nbs/17_classify.ipynb #170c1465
-import os, time
+# %% ../nbs/17_classify.ipynb #898e5f58
+import time
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import nn
 from .augment import centre
 from .config import AdamError, to_dict
 from .device import pick_device, pick_precision
-from .encoders import save_encoder
+from .export import save_supervised
 from .finetune import Arrays, fit, load_arrays, mean_and_std, predict, seeded, start_encoder, thin, thread_count
 from .metrics import auprc, auroc, auroc_ci
 from .predictions import code_of, finished_run, predictions_folder, run_key, save_run, save_truth
@@ -202,17 +202,7 @@ def finetune_classifier(
            "work_share": clock["work_s"] / clock["steps_s"]}
     return out | ({"model": model.eval()} if return_model else {})
 
-# %% ../nbs/17_classify.ipynb #84c4f573
-def export_encoder(
-    model: Classifier,
-    path: str | os.PathLike,
-    arm: str = "supervised",     # name in the results of those who start from it
-    **facts,                     # for the card, JSON-able: task, data, config, metrics …
-) -> Path:
-    "Write a fine-tuned classifier's encoder, without its head, as a safetensors checkpoint with card."
-    return save_encoder(path, model.encoder.cpu(), {"arm": arm, "objective": "classification", **facts})
-
-# %% ../nbs/17_classify.ipynb #5ef78872
+# %% ../nbs/17_classify.ipynb #b375f34a
 def mean_metrics(runs: list[dict]) -> dict[str, float]:
     "Means over draws as flat names, `linear@0.1/auroc_mean`; with `…/std` (ddof 1) where there are several draws."
     values, number = {}, lambda v: float("nan") if v is None else v
@@ -241,7 +231,7 @@ def _one_run(method, config, start, frozen, train, test, val, index, s, progress
     scores = linear_scores(known, y, asked, config.linear_c) if method == "linear" else knn_scores(known, y, asked, config.neighbours)
     return {"metrics": label_metrics(test, scores, config.seed), "series": {}, "n": {"train_images": len(part), "test_images": len(test)}, "train_s": time.perf_counter() - t0, "work_share": None}, scores, None
 
-# %% ../nbs/17_classify.ipynb #2a07bbcb
+# %% ../nbs/17_classify.ipynb #5a109c67
 def run_classify(
     config: ClassifyConfig,
     encoder=None,                    # Encoder, Eve, path of a checkpoint, or None: random
@@ -280,7 +270,8 @@ def run_classify(
                         if folder:
                             if model is not None and config.keep_models:
                                 entry["model"] = f"{Path(out).stem}_{label}_encoder.safetensors"
-                                export_encoder(model, Path(out).parent/entry["model"], task=job.name, config=to_dict(config), data={"name": pool.name, "hash": pool.fingerprint()}, classes=train.names, start=about)
+                                save_supervised(Path(out).parent/entry["model"], model, task=job.name, classes=train.names, config=to_dict(config), data={"name": pool.name, "hash": pool.fingerprint(), "n": len(index)}, n=entry["n"],
+                                                start=about, metrics={k: v for k, v in label_metrics(test, scores, config.seed).items() if k.startswith("auroc_mean")})
                             entry["predictions"] = f"{folder.name}/{label}.npz"
                             save_run(folder, label, key, entry, scores, [train.paths[i] for i in index])
                     runs.append(entry)

@@ -94,11 +94,8 @@ def write_result(path: str | os.PathLike, res: dict) -> Path:
 
 def read_results(folder: str | os.PathLike) -> list[dict]:
     "All results below `folder`, ordered by path, each with its path as `_path`. JSON files of another form are passed over."
-    paths = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names if name.endswith(".json")]
     out = []
-    for path in sorted(paths, key=lambda p: p.split(os.sep)):        # plain strings: a study may have ten thousand files
-        try:
-            with open(path, "rb") as f: res = json.loads(f.read())
-        except ValueError: res = read_json(path)                     # says what is wrong with it
-        if isinstance(res, dict) and res.get("schema") == 1 and res.get("kind") in KINDS: out.append({**res, "_path": path})
+    for path in sorted(Path(folder).rglob("*.json")):
+        res = read_json(path)
+        if isinstance(res, dict) and res.get("schema") == 1 and res.get("kind") in KINDS: out.append({**res, "_path": str(path)})
     return out
