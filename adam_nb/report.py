@@ -241,7 +241,7 @@ def _differences(run: Run, album: Album) -> str:
         good = sum(c["better"] * c["mean"] > 0 for c in clear)
         said = [f"Of {len(every)} differences between {arm_name(every[0]['target'])} and another arm, {len(clear)} have a 95 % interval that excludes zero: {good} in its favour, {len(clear) - good} against it.",
                 f"If nothing differed, about {0.05 * len(every):.1f} of {len(every)} intervals would exclude zero by chance. The pairs named in the sections above were chosen by their results, which flatters their intervals."]
-    return _says(*said) + _figures(run, "differences")
+    return _says(*said) + _figures(run, "differences", "ablation")
 
 # %% ../nbs/25_report.ipynb #a6167e58
 _MOST_ROWS = 3000
