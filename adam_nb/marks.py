@@ -7,7 +7,7 @@ __all__ = ['INK', 'GRID', 'PAPER', 'STYLE', 'GREY', 'ORANGE', 'SKY', 'GREEN', 'B
            'from_run', 'new_panels', 'smooth', 'legend_below', 'note', 'columns_in', 'number', 'dot', 'name_rows',
            'spread']
 
-# %% ../nbs/23b_marks.ipynb #c3bf5172
+# %% ../nbs/23b_marks.ipynb #cccf6b7a
 import functools, math, textwrap
 
 import numpy as np
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from .draw import PALETTE, Drawing
 from .runs import read_run
 
-# %% ../nbs/23b_marks.ipynb #2dc7b62e
+# %% ../nbs/23b_marks.ipynb #66ff1b47
 INK, GRID, PAPER = "#1c2127", "#d5dade", "#fffffe"   # text and frame, grid, and ground of labels: nothing else has these colours
 STYLE = {"font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.labelsize": 12, "legend.fontsize": 11, "legend.frameon": False,
           "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlecolor": INK,
@@ -25,10 +25,10 @@ STYLE = {"font.size": 12, "axes.titlesize": 13, "axes.titleweight": "bold", "axe
           "lines.linewidth": 2.0, "figure.facecolor": "white", "axes.facecolor": "none", "svg.fonttype": "path"}
 GREY = "#7f7f7f"                                                  # untrained networks and controls
 ORANGE, SKY, GREEN, _, BLUE, VERMILION, PURPLE, _ = PALETTE   # yellow is too faint on white, black is invisible by night
-_COLOURS = {"random": GREY, "moco_v2": BLUE, "moco_v2_200": SKY, "adam_no_pruner": ORANGE, "adam": VERMILION, "adam_mixed": GREEN}
+_COLOURS = {"random": GREY, "imagenet": PURPLE, "supervised": SKY, "moco_v2": BLUE, "moco_v2_200": SKY, "adam_no_pruner": ORANGE, "adam": VERMILION, "adam_mixed": GREEN}
 _MORE = [PURPLE, SKY, ORANGE, BLUE, GREEN, VERMILION]
-_MARKERS = {"random": "o", "moco_v2": "s", "moco_v2_200": "v", "adam_no_pruner": "^", "adam": "D", "adam_mixed": "P"}
-_MORE_MARKERS = ["X", "*", "<", ">", "p", "h"]
+_MARKERS = {"random": "o", "imagenet": "X", "supervised": "*", "moco_v2": "s", "moco_v2_200": "v", "adam_no_pruner": "^", "adam": "D", "adam_mixed": "P"}
+_MORE_MARKERS = ["<", ">", "p", "h", "X", "*"]
 
 def arm_style(arm: str, arms: list[str]) -> tuple[str, str]:
     "An arm's colour (Okabe–Ito) and marker: fixed for the arms of `ARMS`, in turn for others."
@@ -36,7 +36,7 @@ def arm_style(arm: str, arms: list[str]) -> tuple[str, str]:
     i = [a for a in arms if a not in _COLOURS].index(arm)
     return _MORE[i % len(_MORE)], _MORE_MARKERS[i % len(_MORE_MARKERS)]
 
-# %% ../nbs/23b_marks.ipynb #fe0fb444
+# %% ../nbs/23b_marks.ipynb #6089852a
 def from_run(f):
     "A figure function: takes a folder or a `Run`, draws in the common style, and tags the Figure with the JSON files that it was made from."
     @functools.wraps(f)
@@ -56,7 +56,7 @@ def new_panels(n: int, columns: int = 3, width: float = 4.2, height: float = 3.6
     for ax in axes[n:]: ax.set_axis_off()
     return fig, list(axes[:n])
 
-# %% ../nbs/23b_marks.ipynb #df9b0eb1
+# %% ../nbs/23b_marks.ipynb #704118d7
 def smooth(y: np.ndarray, width: int) -> np.ndarray:
     "A running mean of `width` values that ignores NaN and is shorter at the ends."
     ok = np.isfinite(y)
@@ -64,7 +64,7 @@ def smooth(y: np.ndarray, width: int) -> np.ndarray:
     total, count = np.convolve(np.where(ok, y, 0), kernel, "same"), np.convolve(ok, kernel, "same")
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
-# %% ../nbs/23b_marks.ipynb #27132180
+# %% ../nbs/23b_marks.ipynb #20513df8
 def legend_below(fig: Figure, *axes, columns: int = 6, **kwargs):
     "One legend for the whole figure, under it, of the labels in `axes`."
     entries = {}
@@ -78,7 +78,7 @@ def note(fig: Figure, text: str):
 
 def columns_in(axes: list) -> int: return axes[0].get_subplotspec().get_gridspec().ncols
 
-# %% ../nbs/23b_marks.ipynb #67def769
+# %% ../nbs/23b_marks.ipynb #76893b56
 def number(metrics: dict, name: str) -> tuple[float, float, float]:
     "A metric with its interval, NaN where it has none."
     return tuple(np.nan if metrics.get(k) is None else float(metrics[k]) for k in (name, f"{name}_low", f"{name}_high"))

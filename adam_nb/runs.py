@@ -7,7 +7,7 @@ __all__ = ['ARMS', 'LANDMARKS', 'Missing', 'Run', 'read_run', 'inside', 'chain_f
            'pretraining', 'waiting', 'probe_prefix', 'probe_results', 'log_steps', 'stage_series', 'level_name',
            'Curve', 'curve', 'invented_run']
 
-# %% ../nbs/23a_runs.ipynb #dec0f278
+# %% ../nbs/23a_runs.ipynb #245a797c
 import json, os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from .config import AdamError
 from .results import KINDS, read_json, result, write_json, write_result
 
-# %% ../nbs/23a_runs.ipynb #fd362325
+# %% ../nbs/23a_runs.ipynb #7889f07f
 class Missing(AdamError):
     "A figure that the results at hand do not allow; the message says what is missing and what makes it."
 
@@ -31,7 +31,7 @@ class Run:
     plan: dict = field(default_factory=dict)                # plan.json as it is
     problems: dict[str, str] = field(default_factory=dict)  # file -> why it could not be read
 
-# %% ../nbs/23a_runs.ipynb #f957fb01
+# %% ../nbs/23a_runs.ipynb #4ddfe00a
 _NO_RESULTS = {"cache", "checkpoints", "figures", "films", "notebooks", "params"}   # folders of a run without result JSONs
 
 def read_run(
@@ -68,7 +68,7 @@ def _planned(nodes: list[dict], path: str) -> bool:
         if "prefix" in node["wiring"] and path.startswith(within(f"{node['wiring']['folder']}/{node['wiring']['prefix']}_")): return True
     return False
 
-# %% ../nbs/23a_runs.ipynb #48493de4
+# %% ../nbs/23a_runs.ipynb #2d931884
 def inside(run: Run, path: str) -> str:
     "A path of the plan, which is relative to the project, relative to the run's folder (the run may have been moved since)."
     base = run.nodes[0].get("folder", "") if run.nodes else ""
@@ -95,9 +95,9 @@ def chain_folders(
         last = before.get(last)
     return out
 
-# %% ../nbs/23a_runs.ipynb #bdff5e5f
+# %% ../nbs/23a_runs.ipynb #de0bf4cf
 ARMS = {  # arm -> name in figures; this order is the order of all figures
-    "random": "Random initialisation", "moco_v2": "MoCo-v2", "moco_v2_200": "MoCo-v2, one stage", "adam_no_pruner": "Adam without pruner",
+    "random": "Random initialisation", "imagenet": "ImageNet, supervised", "supervised": "Supervised pretraining", "moco_v2": "MoCo-v2", "moco_v2_200": "MoCo-v2, one stage", "adam_no_pruner": "Adam without pruner",
     "adam": "Adam", "adam_mixed": "Adam on mixed levels",
 }
 
@@ -116,7 +116,7 @@ def seeds_of(run: Run) -> list[int]:
     planned = {n["wiring"]["pretrain_seed"] for n in run.nodes if n.get("wiring", {}).get("pretrain_seed") is not None}
     return sorted(planned | {r["seeds"]["pretrain_seed"] for r in run.results if r["seeds"].get("pretrain_seed") is not None})
 
-# %% ../nbs/23a_runs.ipynb #02229fc1
+# %% ../nbs/23a_runs.ipynb #3bf186ea
 def pretraining(run: Run, arm: str, seed: int = 0) -> list[dict]:
     "The pretraining results of an arm that are there, first stage first, shared ones included."
     by_folder = {str(Path(r["_path"]).parent): r for r in run.results if r["kind"] == "pretrain"}
@@ -135,7 +135,7 @@ def waiting(
     if not todo: return f"The run's {kinds} nodes are done, but none wrote it."
     return f"Not there yet: node {todo[0]}" + (f" and {len(todo) - 1} more" if len(todo) > 1 else "") + " will make it."
 
-# %% ../nbs/23a_runs.ipynb #ce4c8274
+# %% ../nbs/23a_runs.ipynb #caa57902
 def probe_prefix(result: dict) -> str:
     "The name in the preset of the probe that wrote a result: its file's name without the probe's kind."
     return Path(result["_path"]).stem.removesuffix("_" + result["kind"])
@@ -149,7 +149,7 @@ def probe_results(
     found = [r for r in run.results if r["kind"] == kind and prefix in (None, probe_prefix(r))]
     return {(r["arm"], r["seeds"].get("pretrain_seed") or 0): r for r in found if probe_prefix(r) == probe_prefix(found[0])}
 
-# %% ../nbs/23a_runs.ipynb #86e58be4
+# %% ../nbs/23a_runs.ipynb #ec82fb69
 def log_steps(folder: Path) -> list[dict]:
     "The step events of a stage's `log.jsonl`, as far as it is written; a torn line is left out."
     path, out = folder/"log.jsonl", []
@@ -170,7 +170,7 @@ def stage_series(run: Run, folder: str) -> dict[str, list]:
         out |= {above + k: [e.get(k) for e in mine] for k in sorted({k for e in mine for k in e} - {"event"})}
     return out
 
-# %% ../nbs/23a_runs.ipynb #85ee2eb6
+# %% ../nbs/23a_runs.ipynb #b28e25d8
 def _floats(values) -> np.ndarray: return np.array([np.nan if v is None else v for v in values], dtype=float)
 
 def level_name(levels: int | list[int]) -> str:
@@ -185,7 +185,7 @@ class Curve:
     y: np.ndarray = field(default_factory=lambda: np.empty(0))      # values, NaN where undefined
     borders: list[tuple[float, str]] = field(default_factory=list)  # (update, level) where a stage begins
 
-# %% ../nbs/23a_runs.ipynb #ce63ec15
+# %% ../nbs/23a_runs.ipynb #66418643
 def curve(
     run: Run,
     arm: str,
@@ -205,7 +205,7 @@ def curve(
         if len(x) and len(x) == len(y): xs.append(x); ys.append(y)
     return Curve(np.concatenate(xs), np.concatenate(ys), borders) if xs else Curve(borders=borders)
 
-# %% ../nbs/23a_runs.ipynb #51d4540e
+# %% ../nbs/23a_runs.ipynb #0ae0aefc
 LANDMARKS = ("right_clavicle", "azygos_arch", "rib_6", "spinous_process", "left_clavicle", "pulmonary_artery", "rib_5", "right_diaphragm", "left_diaphragm", "end_of_thoracic_spine")      # as the paper's Fig. 4.1 numbers them
 
 def _invented_downstream(write, arm: str, a: int, seed: int, data: str, rng):
@@ -249,7 +249,7 @@ def _invented_picture(shift: int) -> str:
     Image.fromarray(grey.astype(np.uint8)).save(out, "PNG")
     return base64.b64encode(out.getvalue()).decode()
 
-# %% ../nbs/23a_runs.ipynb #c4133bb4
+# %% ../nbs/23a_runs.ipynb #3a053bb8
 def invented_run(
     folder: Path,
     arms: tuple[str, ...] = ("random", "moco_v2", "adam_no_pruner", "adam"),
