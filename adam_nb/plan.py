@@ -21,14 +21,14 @@ class Preset:
     "The content of `preset.yaml`."
     about: str                                                   # one line for `adam_nb presets`
     takes: str                                                   # duration on the machine that it names, as measured
-    arms: dict[str, dict]                                        # arm -> overrides of pretrain.yaml; {untrained: true} = random initialisation; {weights: FILE} = a checkpoint of the user's
+    arms: dict[str, dict]                                        # arm -> overrides of pretrain.yaml; {untrained: true} = random initialisation; {weights: FILE} = a checkpoint of the user's; {supervised: {task: …}} = trained on the labels of the pretraining images
     like: str | None = None                                      # another preset, whose parameter files stand in for those that this folder lacks
     pretrain_seeds: list[int] = field(default_factory=lambda: [0])
     segment: dict[str, dict] = field(default_factory=dict)       # task -> overrides of segment.yaml
     classify: dict[str, dict] = field(default_factory=dict)      # task -> overrides of classify.yaml
     probes: dict[str, dict] = field(default_factory=dict)        # name -> overrides of probes.yaml; the name is the results' file prefix
     needs: list[str] = field(default_factory=list)               # folders below ADAM_NB_DATA without which the preset cannot run
-    optional: dict[str, str] = field(default_factory=dict)       # task or probe -> folder below ADAM_NB_DATA; left out, and said so, when absent
+    optional: dict[str, str] = field(default_factory=dict)       # task or probe -> folder below ADAM_NB_DATA; when it is absent, the task stays in the tables as "no data" and the probe is left out
 
 # %% ../nbs/27_plan.ipynb #d24e7ced
 CONFIGS = {  # run notebook -> the config that it fills; pretraining and downstream share `arm` and seeds by wiring
@@ -194,7 +194,19 @@ def _recipe(preset: str, arm: str, values: dict, changes: dict, seed: int, image
     return config
 
 # %% ../nbs/27_plan.ipynb #897a264a
-_NO_RECIPE = {"untrained", "weights"}   # keys of an arm that are no fields of pretrain.yaml
+_NO_RECIPE = {"untrained", "weights", "supervised"}   # keys of an arm that are no fields of pretrain.yaml
+
+def _on_labels(preset: str, folder: str, arm: str, seed: int, images: PrepareConfig, recipe: PretrainConfig, values: dict, said: dict, prepared: str) -> tuple[Node, str]:
+    "The node that trains an arm on the labels of the pretraining images, and the encoder that it leaves. `AdamError` when its task asks for other images."
+    from adam_nb.tasks import task
+    if not isinstance(said, dict) or "task" not in said: raise AdamError(f"Arm {arm} of preset {preset}: 'supervised' names a task and what differs from classify.yaml, for example {{task: chestxray14}}.")
+    if task(said["task"]).dataset != images.data: raise AdamError(f"Arm {arm} of preset {preset}: task {said['task']} has the images of {task(said['task']).dataset}, but pretraining has those of {images.data}; name a task on the same images.")
+    updates = {"steps": sum(recipe.steps) if isinstance(recipe.steps, list) else recipe.steps * len(recipe.stages)} if recipe.steps else {"epochs": sum(recipe.epochs) if isinstance(recipe.epochs, list) else recipe.epochs * len(recipe.stages)}
+    v = values | {"data_root": images.data_root, "data_options": images.data_options, **updates, "batch_size": recipe.batch_size} | said | {"methods": ["finetune"], "fractions": [1.0], "draw_seeds": [0], "seed": seed, "keep_models": True}
+    out = f"{folder}/{arm}/seed{seed}/checkpoints/labels.json"      # among the checkpoints: it is this arm's pretraining, not a result beside the others'
+    node = Node(f"classify.{arm}.seed{seed}.labels", "classify", to_dict(build(config_class("classify"), v, f"arm {arm} of preset {preset}")),
+                {"arm": arm, "encoder": None, "pretrain_seed": seed, "backbone": recipe.backbone, "in_channels": recipe.in_channels, "films": f"{folder}/films", "out": out}, [prepared], out, folder)
+    return node, out.replace(".json", "_finetune_share1_draw0_encoder.safetensors")
 
 def plan(
     name: str,                     # preset
@@ -211,28 +223,31 @@ def plan(
     remarks, absent = [], set()
     for what, need in preset.optional.items():
         if not (data_root()/need).is_dir():
-            absent.add(what); remarks.append(f"{what} is left out: there is no folder {data_root()/need}.")
+            absent.add(what)
+            remarks.append(f"{what} {'is left out' if what in preset.probes else 'has no data and is passed over'}: there is no folder {data_root()/need}.")
     prepared, images = f"{folder}/prepare.json", build(PrepareConfig, values["prepare"])
     filled = lambda kind, v, what: to_dict(build(config_class(kind), v, f"{what} of preset {name}"))
     nodes = [Node("prepare", "prepare", to_dict(images), {"out": folder}, [], prepared, folder)]
     shared = {}
     for seed in preset.pretrain_seeds:
         for arm, recipe in preset.arms.items():
-            untrained, weights = recipe.get("untrained", False), recipe.get("weights")
+            untrained, weights, labels = recipe.get("untrained", False), recipe.get("weights"), recipe.get("supervised")
             if weights and not (project_root()/weights).is_file():
                 if seed == preset.pretrain_seeds[0]: remarks.append(f"Arm {arm} is left out: there is no weight file {project_root()/weights}.")
                 continue
             recipe = _recipe(name, arm, values["pretrain"], {k: v for k, v in recipe.items() if k not in _NO_RECIPE}, seed, images)
             ready, encoder = [prepared], weights
-            if not (untrained or weights):
+            if labels:
+                node, encoder = _on_labels(name, folder, arm, seed, images, recipe, values.get("classify", {}), labels, prepared)
+                nodes.append(node); ready = [node.output]
+            elif not (untrained or weights):
                 chain, last = _chain(folder, recipe, arm, images.cache or f"{folder}/cache", prepared, shared)
                 nodes += chain
                 ready, encoder = [f"{last}/pretrain.json"], f"{last}/encoder.safetensors"
             start = {"arm": arm, "encoder": encoder, "pretrain_seed": seed, "backbone": recipe.backbone, "in_channels": recipe.in_channels}
             for kind in ("segment", "classify"):
                 for task, extra in getattr(preset, kind).items():
-                    if task in absent: continue
-                    v = filled(kind, {**values.get(kind, {}), **extra, "task": task}, f"{kind} task {task}")
+                    v = filled(kind, {**values.get(kind, {}), **extra, "task": task} | ({"if_missing": "note"} if task in absent else {}), f"{kind} task {task}")
                     out = f"{folder}/{arm}/seed{seed}/{task}.json"
                     nodes.append(Node(f"{kind}.{arm}.seed{seed}.{task}", kind, v, start | {"films": f"{folder}/films", "out": out}, ready, out, folder))
             for prefix, extra in preset.probes.items():
@@ -245,7 +260,7 @@ def plan(
     nodes.append(Node("report", "report", {}, {"folder": folder, "out": f"{folder}/report.html"}, results + [f"{folder}/figures/figures.json"], f"{folder}/report.html", folder, False))
     return nodes, remarks
 
-# %% ../nbs/27_plan.ipynb #32c739b7
+# %% ../nbs/27_plan.ipynb #82452c59
 def write_params(nodes: list[Node]) -> list[Path]:
     "Write each node's parameter file where its content has changed; return the changed ones."
     import yaml
