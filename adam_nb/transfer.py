@@ -162,11 +162,7 @@ def transfer_table(run: Run, shots=None):
     every = standings(run, shots)
     arms = [a for a in arms_of(run) if any(a in r["arms"] for r in every)]
     rows = [row for r in every for row in _rows_of(r, arms)]
-<<<<<<< HEAD
     rows += [{"task": task, "labels": why} for task, why in absent_tasks(run).items() if not any(r["task"] == task for r in every)]
-=======
-    rows += [{"task": task, "labels": why if str(why).startswith("no data") else f"no data: {why}"} for task, why in ({r["task"]: r["status"] for r in run.results if r.get("status")} | (run.plan.get("absent") or {})).items() if not any(r["task"] == task for r in every)]
->>>>>>> afce7de (Faults of target tasks: each refused or noted in a sentence, nothing computed is lost; tasks without data stand in the transfer table; speed of a step and of a few-shot run)
     if not rows: raise Missing(f"No target task. {waiting(run, 'segment', 'classify')}")
     columns = ["task", "labels", "test films", *map(arm_name, arms), "difference", "Hedges' g", "p (Welch, Holm)", "runs an arm"]
     table = pd.DataFrame(rows)
