@@ -107,7 +107,20 @@ def _read(path: str | os.PathLike):
     except (SafetensorError, OSError, ValueError) as e:
         raise AdamError(f"{path} is damaged, incomplete or no safetensors file ({' '.join(str(e).split())}); copy or download it again.") from None
 
-# %% ../nbs/12_encoders.ipynb #96952fcc
+# %% ../nbs/12_encoders.ipynb #71592c38
+def _normalisation_beside(path: Path) -> dict:
+    "Mean and std in the `config.json` of timm or the `preprocessor_config.json` of transformers in the same folder, with the file's name; {} without."
+    for name, inner, keys in (("preprocessor_config.json", None, ("image_mean", "image_std")), ("config.json", "pretrained_cfg", ("mean", "std"))):
+        beside = path.parent/name
+        if not beside.is_file(): continue
+        try: values = json.loads(beside.read_text(encoding="utf-8"))
+        except ValueError as e: raise AdamError(f"{beside} is no valid JSON ({e}); mend it, or take it away and name mean= and std=.") from None
+        values = (values.get(inner) or {}) if inner and isinstance(values, dict) else values
+        found = [values.get(k) for k in keys] if isinstance(values, dict) else []
+        if found and all(isinstance(v, list) and len(v) in (1, 3) and all(isinstance(x, (int, float)) for x in v) for v in found): return {"mean": found[0], "std": found[1], "from": name}
+    return {}
+
+# %% ../nbs/12_encoders.ipynb #cb158ba6
 def read_card(path: str | os.PathLike) -> dict:
     "The card of a file written by `save_encoder`, without its weights; `AdamError` when it has none."
     path = Path(path)
@@ -117,7 +130,7 @@ def read_card(path: str | os.PathLike) -> dict:
     except (SafetensorError, OSError, ValueError, KeyError):
         raise AdamError(f"{path} has no card; it was not written by save_encoder, or it is damaged. load_encoder may still read it.") from None
 
-# %% ../nbs/12_encoders.ipynb #607fa5ce
+# %% ../nbs/12_encoders.ipynb #dda7d4c5
 def _state_dicts(content, where: str = "", depth: int = 0):
     "All mappings from names to tensors in `content`, as (place, mapping); containers may lie in containers."
     if not isinstance(content, dict) or depth > 5: return
@@ -135,7 +148,7 @@ def _second_choice(place: str) -> int:
     "How much a place in a checkpoint sounds like the network one does not want."
     return sum(word in place for word in ("encoder_k", "twin", "momentum", "student", "target", "key_encoder"))
 
-# %% ../nbs/12_encoders.ipynb #431456f6
+# %% ../nbs/12_encoders.ipynb #c24b330f
 def _fit(value: Tensor, shape) -> Tensor | None:
     "`value` in the wanted shape, where only the input channels differ between 1 and 3; None where it does not fit."
     if value.shape == shape: return value
@@ -149,7 +162,7 @@ def _adapt(values, channels: int) -> list[float]:
     values = list(values)
     return values if len(values) == channels else values*3 if channels == 3 else [sum(values)/len(values)]
 
-# %% ../nbs/12_encoders.ipynb #fd88bbd5
+# %% ../nbs/12_encoders.ipynb #e8138b24
 def _match(state: dict, expected: dict) -> tuple[dict, float]:
     "(tensors that fit, by the encoder's names; the share in which a network's tensors and the encoder agree)."
     fitted = {}
@@ -167,7 +180,7 @@ def _shapes(backbone: str) -> dict:
     "Name -> shape of an encoder's body with three channels, without making its weights."
     with torch.device("meta"): return {k: v.shape for k, v in create_encoder(backbone).body.state_dict().items()}
 
-# %% ../nbs/12_encoders.ipynb #9b11d386
+# %% ../nbs/12_encoders.ipynb #65584dbb
 _SIGNS = {"a Swin transformer": r"layers\.\d\.blocks\.\d+\.attn", "a ViT": r"blocks\.\d+\.attn\.|cls_token|encoder_layer_\d+\.self_attention|encoder\.layer\.\d+\.attention",
           "a ResNet": r"layer[1-4]\.\d+\.conv1", "a ConvNeXt": r"dwconv|conv_dw\.weight.*|stages\.\d\.blocks\.\d+\.gamma", "a DenseNet": r"denseblock\d", "a VGG": r"features\.\d+\.weight",
           "an EfficientNet": r"conv_stem|_blocks\.\d+\._depthwise_conv"}
@@ -188,7 +201,7 @@ def _reason(states: list[dict], found: list[Reading], backbone: str | None, fitt
     missing = [n for n in expected if n not in fitted]
     return f"{len(missing)} of {len(expected)} tensors are missing or have another shape, such as {', '.join(missing[:3])}; the file is only part of a {backbone}, or of a variant of it."
 
-# %% ../nbs/12_encoders.ipynb #6250935a
+# %% ../nbs/12_encoders.ipynb #01162d3c
 def _candidates(places, found, backbone):
     "(backbone, place, number of names there, reading) of each network that a file may hold."
     for (where, state), inside in zip(places, found):
@@ -229,7 +242,7 @@ def load_encoder(
     if verbose or (verbose is None and card is None): print(describe(full))
     return encoder, full
 
-# %% ../nbs/12_encoders.ipynb #5422a3c5
+# %% ../nbs/12_encoders.ipynb #7508596c
 def describe(card: dict) -> str:
     "The report of a loaded encoder as a sentence or two: what matched, is missing, unexpected, and was assumed."
     r, some = card["report"], lambda names, n: f"{n}" + (f" ({', '.join(names[:3])}{' …' if n > 3 else ''})" if n else "")
@@ -237,7 +250,7 @@ def describe(card: dict) -> str:
     return (f"{card.get('source', 'encoder')}: {card['backbone']} {place}: {r['matched']} tensors matched, missing {some(r['missing_names'], r['missing'])}, unexpected {some(r['unexpected_names'], r['unexpected'])}, "
             f"{r['outside']} outside." + "".join(f" {a[0].upper()}{a[1:]}." for a in [r["channels"], *r["assumed"]] if a))
 
-# %% ../nbs/12_encoders.ipynb #df4db606
+# %% ../nbs/12_encoders.ipynb #2614a94e
 def _assemble(path, card, backbone, where, size, reading, fitted, in_channels, mean, std, share):
     "Encoder and card from the network in a checkpoint that was chosen."
     if "pos_embed" in reading.state and "pos_embed" in _shapes(backbone) and "pos_embed" not in fitted:
@@ -245,7 +258,9 @@ def _assemble(path, card, backbone, where, size, reading, fitted, in_channels, m
     first = next(n for n, v in fitted.items() if v.ndim == 4)       # the only layer that sees the input's channels
     stored = reading.state[first].shape[1]
     channels, assumed = stored if in_channels is None else in_channels, [reading.assumed] if reading.assumed else []
-    card = dict(card) if card else {"source": Path(path).name}
+    beside = {} if card else _normalisation_beside(Path(path))
+    card = dict(card) if card else {"source": Path(path).name} | {k: beside[k] for k in ("mean", "std") if beside}
+    if beside and None in (mean, std): assumed.append(f"normalisation from the {beside['from']} beside it: mean {tuple(beside['mean'])}, std {tuple(beside['std'])}")
     given = {"mean": mean, "std": std}
     if None in given.values() and not {"mean", "std"} <= set(card): assumed.append(f"normalisation not in the file, assumed {'as of ImageNet' if stored == 3 else 'mean and std of radiographs'}: mean {NORMALISATION[stored][0]}, std {NORMALISATION[stored][1]}; name mean= and std= if it was another")
     for i, name in enumerate(given):

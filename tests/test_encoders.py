@@ -1,5 +1,6 @@
 """Every layout in which encoders are handed about, made from a network whose features are known; loading it gives those features."""
 import argparse
+import json
 import os
 import re
 
@@ -234,6 +235,18 @@ def test_safetensors(tmp_path):
     save_file(under("backbone.", {k: v.contiguous() for k, v in PLAIN.items()}), tmp_path/"model.safetensors")
     encoder, card = load_encoder(tmp_path/"model.safetensors", verbose=False)
     assert (encoder.backbone, card["report"]["prefix"], card["report"]["missing"]) == ("resnet18", "backbone.", 0)
+
+
+@pytest.mark.parametrize("name, content", [("config.json", {"architecture": "resnet18", "pretrained_cfg": {"mean": [.53]*3, "std": [.26]*3}}), ("preprocessor_config.json", {"image_mean": [.53]*3, "image_std": [.26]*3})])
+def test_normalisation_of_model_folders(name, content, tmp_path):
+    save_file({k: v.contiguous() for k, v in PLAIN.items()}, tmp_path/"model.safetensors")
+    (tmp_path/name).write_text(json.dumps(content))
+    encoder, card = load_encoder(tmp_path/"model.safetensors", verbose=False)
+    assert (card["mean"], card["std"]) == ([.53]*3, [.26]*3) and f"Normalisation from the {name} beside it" in describe(card)
+    torch.testing.assert_close(encoder.mean.flatten(), torch.tensor([.53]*3))
+    assert load_encoder(tmp_path/"model.safetensors", mean=[.1]*3, std=[.2]*3, verbose=False)[1]["mean"] == [.1]*3
+    (tmp_path/name).write_text("{")
+    with pytest.raises(AdamError, match="no valid JSON"): load_encoder(tmp_path/"model.safetensors", verbose=False)
 
 
 # ---------------------------------------------------------------- refusals, and what is said
