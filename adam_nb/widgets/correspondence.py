@@ -291,10 +291,11 @@ def _controls(self) -> list:
     b = self.bind("b", w.Dropdown(options=[(self.films.name(i), i) for i in range(min(len(self.films), 500))] + [("the same, turned", "warp")], value=self.b, description="to", layout=w.Layout(width="230px")))
     arm = self.bind("arm", w.Dropdown(options=list(self.encoders), value=self.arm, description="encoder", layout=w.Layout(width="200px")))
     strip = self.bind("strip", w.Checkbox(self.strip, description=f"in {self.patients} patients", indent=False, layout=w.Layout(width="130px")))
-    self._sliders = [w.FloatSlider(100*v, min=0, max=100, step=0.5, description=f"{n} (%)", readout_format=".1f", layout=w.Layout(width="330px")) for n, v in zip(("across", "down"), self.point)]
+    # A tenth of a cell: the centres of cells are whole steps, or the front end would round them away.
+    self._sliders = [w.FloatSlider(100*v, min=0, max=100, step=10/k, description=f"{n} (%)", readout_format=".1f", layout=w.Layout(width="330px")) for n, v, k in zip(("across", "down"), self.point, self.grid[::-1])]
     for i, s in enumerate(self._sliders):
         def moved(e, i=i):
-            if abs(e["new"] - 100*self.point[i]) > 1e-6: self.attempt(setattr, self, "point", tuple(e["new"]/100 if j == i else v for j, v in enumerate(self.point)))
+            if abs(e["new"] - 100*self.point[i]) > 1e-3: self.attempt(setattr, self, "point", tuple(e["new"]/100 if j == i else v for j, v in enumerate(self.point)))
         s.observe(moved, "value")
     name = w.Text("", placeholder="name of the point", description="name", layout=w.Layout(width="260px"))
     pin, path, save = w.Button(description="pin", layout=w.Layout(width="70px")), w.Text("points.csv", description="file", layout=w.Layout(width="260px")), w.Button(description="save points", layout=w.Layout(width="110px"))

@@ -106,7 +106,9 @@ class Pad:
             if shape != self.shape:
                 if self.shape: self.cells.remove_class(f"adam-cells-{self.shape[1]}")
                 self.cells.add_class(f"adam-cells-{shape[1]}")
-                self.cells.options = [f"{name} {i}" for i in range(shape[0]*shape[1])]
+                count = range(shape[0]*shape[1])
+                # The front end makes all buttons anew at every click unless each label is the number of its button; the name is told by the tooltip.
+                self.cells.tooltips, self.cells.options = [f"{name} {i}" for i in count], [str(i) for i in count]
                 self.shape = shape
             self.cells.index = chosen
         finally: self._quiet = False
@@ -159,8 +161,8 @@ class Explorer:
         "A sentence in the front; none: the message goes."
         self.problem = text
         if self._front is None: return
-        self._words.value = f'<div role="alert" style="border-left: 5px solid #D55E00; padding: 4px 10px; line-height: 1.4">{escape(text)}</div>' if text else ""
-        self._words.layout.display = "" if text else "none"
+        self.words.value = f'<div role="alert" style="border-left: 5px solid #D55E00; padding: 4px 10px; line-height: 1.4">{escape(text)}</div>' if text else ""
+        self.words.layout.display = "" if text else "none"
 
     def attempt(self, act, *args):
         "Do something for the front; what the user can mend becomes a sentence."
@@ -204,9 +206,13 @@ Explorer.bind, Explorer._show_value, Explorer.pad = _bind, _show_value, _pad
 # %% ../../nbs/26b_widgets.frame.ipynb #c1ca9d45
 def _build(self):
     import ipywidgets as w
-    self._words = w.HTML(layout=w.Layout(display="none"))
+    self.words = w.HTML(layout=w.Layout(display="none"))
     rows = [] if self.broken else self.controls()
-    self._front = w.VBox([w.HTML(f"<style>{_STYLE}</style>", layout=w.Layout(display="none")), *[w.HBox(r, layout=w.Layout(flex_flow="row wrap", align_items="flex-start", overflow="hidden")) if isinstance(r, list) else r for r in rows], self._words])
+    rows = [w.HBox(r, layout=w.Layout(flex_flow="row wrap", align_items="flex-start", overflow="hidden")) if isinstance(r, list) else r for r in rows]
+    pads = {p.widget for p in self._pads}
+    first = next((i for i, r in enumerate(rows) if pads & set(getattr(r, "children", ()))), len(rows))
+    rows.insert(first, self.words)                   # below the controls, above the pictures: where one looks
+    self._front = w.VBox([w.HTML(f"<style>{_STYLE}</style>", layout=w.Layout(display="none")), *rows])
     self._front.add_class("adam-explorer")
     if self.broken: self.say(self.problem)
     else: self.redraw()

@@ -169,7 +169,9 @@ def _draw(self, *axes):
         for ax in axes: ax.axvline(e["global_step"], color="0.6", linewidth=0.8, zorder=0)
         if e.get("levels"): loss.annotate(level_name(e["levels"]), (e["global_step"], 1), xycoords=("data", "axes fraction"), xytext=(3, 2), textcoords="offset points", fontsize=9, color="0.35")
     loss.set_ylabel("InfoNCE (nats)"); kept.set_ylabel("kept (share)"); cosine.set_ylabel("cosine"); speed.set_ylabel("images/s"); speed.set_xlabel("update")
-    kept.set_ylim(-.05, 1.05); speed.set_ylim(bottom=0)
+    kept.set_ylim(-.05, 1.05)
+    fast = np.nan_to_num(y("images_per_s")).max(initial=0)
+    speed.set_ylim(0, 1.15*fast or 1)
     for ax in axes: ax.tick_params(labelbottom=ax is speed, labelsize=9)
     for ax in (loss, cosine): ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
 
@@ -206,7 +208,7 @@ def _start(self):
 def _controls(self) -> list:
     import ipywidgets as w
     live = self.bind("live", w.Checkbox(self.live, description=f"look every {self.every:g} s", indent=False, layout=w.Layout(width="150px")))
-    smooth = self.bind("smooth", w.IntSlider(self.smooth, min=1, max=50, description="average over", layout=w.Layout(width="340px")))
+    smooth = self.bind("smooth", w.IntSlider(self.smooth, min=1, max=50, description="smooth", layout=w.Layout(width="340px")))
     again = w.Button(description="look again", layout=w.Layout(width="110px"))
     again.on_click(lambda _: self.attempt(self.look))
     where = w.Text(self.folder, continuous_update=False, description="run", layout=w.Layout(width="330px"))
