@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKBONES', 'NORMALISATION', 'match_channels', 'Encoder', 'create_encoder', 'ProjectionHead', 'SplitBatchNorm2d',
-           'set_bn_splits', 'bn_permutation', 'running_statistics', 'average_running_statistics', 'in_parts',
-           'check_bank', 'MemoryBank', 'AdamOutput', 'ema_update', 'Adam']
+           'set_bn_splits', 'to_device', 'bn_permutation', 'running_statistics', 'average_running_statistics',
+           'in_parts', 'check_bank', 'MemoryBank', 'AdamOutput', 'ema_update', 'Adam']
 
 # %% ../nbs/11_model.ipynb #2e65559e
 import ast, copy, urllib.parse, warnings
@@ -184,7 +184,14 @@ def set_bn_splits(
             raise AdamError(f"{type(layer).__name__} cannot normalise in groups; set bn_splits=1 for this backbone.")
     return module
 
-# %% ../nbs/11_model.ipynb #1ad3334a
+# %% ../nbs/11_model.ipynb #d4e5cd4d
+def to_device(
+    x: Tensor,              # on the processor
+    device: torch.device | str,
+) -> Tensor:
+    "`x` on a device; a GPU need not be waited for, because `x` goes by page-locked memory."
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x.to(device)
+
 def bn_permutation(
     n: int,         # batch size
     seed: int,
@@ -324,7 +331,7 @@ class Adam(nn.Module):
     def embed_key(self, x: Tensor, permutation: Tensor | None = None) -> Tensor:
         "Images to unit-norm keys (B, dim) in their given order; `permutation` is the order in which they are grouped for BN."
         if permutation is None: return _unit(self.twin_head(self.twin_encoder(x)))
-        permutation = permutation.to(x.device)
+        permutation = to_device(permutation, x.device)
         shuffled = _unit(self.twin_head(self.twin_encoder(x[permutation])))
         keys = torch.empty_like(shuffled)
         keys[permutation] = shuffled

@@ -6,7 +6,7 @@
 __all__ = ['PRUNING_PICTURE', 'state_digest', 'load_init', 'verify', 'PretrainResult', 'artefacts', 'export', 'thin',
            'pretrain_result']
 
-# %% ../nbs/13d_outcome.ipynb #685563bb
+# %% ../nbs/13d_outcome.ipynb #2af87872
 import hashlib, math, os, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from .model import create_encoder
 from .results import result, write_result
 from .schedule import PretrainConfig, differing, essence
 
-# %% ../nbs/13d_outcome.ipynb #afc99215
+# %% ../nbs/13d_outcome.ipynb #edec18ad
 def state_digest(state: dict) -> str:
     "SHA-256 (16 hex digits) over the model's tensors in a state."
     h = hashlib.sha256()
@@ -47,10 +47,10 @@ def load_init(
     for key in _SHAPE:
         if state["config"][key] != getattr(config, key): raise AdamError(f"'{key}' is {getattr(config, key)!r}, but the state {path} was trained with {state['config'][key]!r}; use the same value, or another init.")
     if state["step"] != 0: raise AdamError(f"init: {path} stops in the middle of stage {state['stage']}; run that stage to its end first.")
-    if only is not None and state["stage"] != only: raise AdamError(f"init: {path} is the state after stage {state['stage'] - 1}, but only={only} follows stage {only - 1}; name that stage's folder.")
+    if only and state["stage"] != only: raise AdamError(f"init: {path} is the state after stage {state['stage'] - 1}, but only={only} follows stage {only - 1}; name that stage's folder.")
     return state
 
-# %% ../nbs/13d_outcome.ipynb #a02cac5e
+# %% ../nbs/13d_outcome.ipynb #0b4cb866
 def verify(config: PretrainConfig, state: dict, path: Path, only: int | None, init_digest: str | None):
     "`AdamError` when the checkpoint in the output folder belongs to another run."
     if state.get("format") != 1: raise AdamError(f"{path} was written by another version of this project; train into another folder.")
@@ -59,7 +59,7 @@ def verify(config: PretrainConfig, state: dict, path: Path, only: int | None, in
     if init_digest is not None and state["init"] != init_digest:
         raise AdamError(f"{path.parent.parent} holds a run that began from another state than 'init' now is; train into another folder, or delete this one to begin anew.")
 
-# %% ../nbs/13d_outcome.ipynb #a9d0aae9
+# %% ../nbs/13d_outcome.ipynb #11e078f5
 @dataclass
 class PretrainResult:
     "Where the outcome of `pretrain` lies, and its numbers."
@@ -85,7 +85,7 @@ def _encoder(config: PretrainConfig, weights: dict):
     encoder.load_state_dict(weights)
     return encoder
 
-# %% ../nbs/13d_outcome.ipynb #8da6b9fd
+# %% ../nbs/13d_outcome.ipynb #0c67ee36
 def export(config: PretrainConfig, state: dict, out: Path, arm: str):
     "Write encoders and pretrain.json of a finished state."
     last = {k.removeprefix("encoder."): v for k, v in state["model"].items() if k.startswith("encoder.")}
@@ -95,25 +95,26 @@ def export(config: PretrainConfig, state: dict, out: Path, arm: str):
         warnings.warn("select: best found no validation after the bank was renewed in the last stage, so encoder.safetensors is the last state; train longer or lower 'bank_size'.", stacklevel=2)
     save_encoder(out/"encoder_last.safetensors", _encoder(config, last), _card(config, state, state["global_step"]))
     save_encoder(out/"encoder.safetensors", _encoder(config, chosen), _card(config, state, at))
-    write_result(out/"pretrain.json", pretrain_result(config, state, out, arm, at))
+    try: write_result(out/"pretrain.json", pretrain_result(config, state, out, arm, at))
+    except OSError as e: raise AdamError(f"{out/'pretrain.json'} could not be written ({e.strerror}); free some space or check the rights, then run the same command again: the trained state is saved.") from None
 
-# %% ../nbs/13d_outcome.ipynb #cd217231
+# %% ../nbs/13d_outcome.ipynb #91711bad
 def thin(rows: list[dict], most: int = 500) -> list[dict]:
     "At most `most` rows: neighbours are averaged; counters keep the last value."
     group = math.ceil(len(rows) / most)
     def merge(part):
-        return {k: part[-1][k] if not isinstance(part[-1][k], float) else float(np.mean([r[k] for r in part])) for k in part[-1]}
+        return {k: part[-1][k] if not isinstance(part[-1][k], float) else float(np.mean([r[k] for r in part if r[k] is not None])) for k in part[-1]}
     return [merge(rows[i:i + group]) for i in range(0, len(rows), group)]
 
-_SERIES = ("stage", "step", "global_step", "level", "loss", "chance", "kept", "kept_fraction", "pruned_fraction", "positive", "negative_mean", "accuracy", "spread", "effective_rank", "bank_fill", "lr")
+_SERIES = ("stage", "step", "global_step", "level", "loss", "chance", "kept", "kept_fraction", "pruned_fraction", "positive", "negative_mean", "accuracy", "alignment", "uniformity", "spread", "effective_rank", "bank_fill", "lr")
 
 def pretrain_result(config: PretrainConfig, state: dict, out: Path, arm: str, selected: int) -> dict:
     "The result of a run (kind `pretrain`), from its state and its log."
     events = read_log(out/"log.jsonl")
     stages = [{k: v for k, v in e.items() if k != "event"} for e in events if e["event"] == "stage_end"]
-    rows = [r for s in stages for r in thin([{k: e[k] for k in _SERIES} for e in events if e["event"] == "step" and e["stage"] == s["stage"]])]
+    rows = [r for s in stages for r in thin([{k: e.get(k) for k in _SERIES} for e in events if e["event"] == "step" and e["stage"] == s["stage"]])]
     seen = [e for e in events if e["event"] == "validation"]
-    series = {k: [r[k] for r in rows] for k in _SERIES} | {f"val_{k}": [e[k] for e in seen] for k in ("global_step", "stage", "loss", "chance", "accuracy")}
+    series = {k: [r[k] for r in rows] for k in _SERIES} | {f"val_{k}": [e.get(k) for e in seen] for k in ("global_step", "stage", "loss", "chance", "accuracy", "alignment", "uniformity")}
     metrics = {k: stages[-1][k] for k in ("loss", "chance", "accuracy", "kept_fraction", "pruned_fraction", "positive", "negative_mean", "val_loss", "val_chance", "val_accuracy")}
     metrics |= {"images_per_s": float(np.median([e["images_per_s"] for e in events if e["event"] == "step"])), "selected_global_step": selected}
     n = {"train_images": state["n_train"], "val_images": state["n_val"], "updates": sum(s["steps"] for s in stages), "global_step": state["global_step"]}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['keep_mask', 'PrunedLoss', 'pruned_info_nce']
 
-# %% ../nbs/10_pruner.ipynb #83375367
+# %% ../nbs/10_pruner.ipynb #8b6a1f62
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .config import AdamError
 
-# %% ../nbs/10_pruner.ipynb #4b2869a6
+# %% ../nbs/10_pruner.ipynb #2045dd5a
 def keep_mask(
     similarity: Tensor,               # cosine similarities of anchors and keys, any shape
     threshold: float | None = 0.8,    # γ; None keeps everything
@@ -22,7 +22,7 @@ def keep_mask(
     if threshold is None: return torch.ones_like(similarity, dtype=torch.bool)
     return similarity <= threshold
 
-# %% ../nbs/10_pruner.ipynb #700e18fe
+# %% ../nbs/10_pruner.ipynb #65137d36
 class _PrunedRows(torch.autograd.Function):
     "Loss of each anchor and its statistics; the gradient to q is computed along with the loss."
     @staticmethod
@@ -56,7 +56,7 @@ class _PrunedRows(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         return ctx.saved_tensors[0]*grad_loss[:, None], None, None, None, None, None, None
 
-# %% ../nbs/10_pruner.ipynb #7a4754d4
+# %% ../nbs/10_pruner.ipynb #ec0526ce
 class PrunedLoss(NamedTuple):
     "Result of `pruned_info_nce`; only `loss` carries a gradient."
     loss: Tensor            # scalar, the mean over anchors, >= 0
@@ -65,19 +65,27 @@ class PrunedLoss(NamedTuple):
     negative_mean: Tensor   # (B,) mean similarity of the kept negatives; 0 where there is none
     negative_max: Tensor    # (B,) highest similarity of a kept negative; -1 where there is none
 
-# %% ../nbs/10_pruner.ipynb #7bf4c2a7
+# %% ../nbs/10_pruner.ipynb #6b6f4524
 def _check(q, k, bank, temperature, exclude):
-    "Refuse wrong shapes and non-finite numbers, by the name of the argument."
+    "Refuse wrong shapes and, on a processor, non-finite numbers, by the name of the argument."
     if q.ndim != 2 or k.shape != q.shape or bank.ndim != 2 or bank.shape[1] != q.shape[1] or not len(q) or not len(bank):
         raise ValueError(f"q and k must be (B, D) and bank (K, D), none empty; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(bank.shape)}")
     if exclude is not None and (exclude.shape != (len(q), len(bank)) or exclude.dtype != torch.bool):
         raise ValueError(f"exclude must be bool {(len(q), len(bank))}, got {exclude.dtype} {tuple(exclude.shape)}")
     if not temperature > 0: raise AdamError(f"temperature must be above 0, got {temperature}.")
-    # A sum is finite only if all its terms are; three numbers cost one synchronisation on a GPU.
-    bad = [n for n, ok in zip(("q", "k", "bank"), torch.stack([q.sum(), k.sum(), bank.sum()]).isfinite().tolist()) if not ok]
+    if q.device.type != "cpu": return       # to read a number would make a GPU wait in every step: there the loss says it
+    bad = [n for n, ok in zip(("q", "k", "bank"), _finite(q, k, bank).tolist()) if not ok]
     if bad: raise AdamError(f"NaN or infinite numbers in {' and '.join(bad)}: training has diverged; lower the learning rate, or check the images for NaN.")
 
-# %% ../nbs/10_pruner.ipynb #65dc4157
+def _finite(*tensors: Tensor) -> Tensor:
+    "For each tensor whether all its numbers are finite: a sum is finite only if all its terms are."
+    return torch.stack([t.sum() for t in tensors]).isfinite()
+
+def _marked(loss, *tensors: Tensor) -> Tensor:
+    "`loss`, or NaN if a number among `tensors` is not finite: a NaN in the bank would be pruned, and so be hidden."
+    return torch.where(_finite(*tensors).all(), loss, torch.nan)
+
+# %% ../nbs/10_pruner.ipynb #c87414fd
 def pruned_info_nce(
     q: Tensor,                        # (B, D) L2-normalised anchors
     k: Tensor,                        # (B, D) L2-normalised positives, never pruned
@@ -89,7 +97,8 @@ def pruned_info_nce(
     """InfoNCE of paper section 2 over the negatives that the Purposive Pruner keeps.
 
     Computed in at least float32, also under autocast. The gradient flows to `q` only.
-    An anchor without negatives has loss 0 and gradient 0. `AdamError` on NaN or infinite input.
+    An anchor without negatives has loss 0 and gradient 0. `AdamError` on NaN or infinite input; on a GPU,
+    which would have to wait for that, the loss is NaN instead.
     """
     with torch.autocast(q.device.type, enabled=False):
         dtype = torch.promote_types(q.dtype, torch.float32)
@@ -98,4 +107,6 @@ def pruned_info_nce(
         # 2 M similarities (8 MB) stay in a processor's cache; a GPU wants large products and has the memory.
         rows = max(1, 2**(21 if q.device.type == "cpu" else 27)//len(bank))
         loss, *statistics = _PrunedRows.apply(q, k, bank, temperature, threshold, exclude, rows)
-        return PrunedLoss(loss.mean(), *statistics)
+        loss = loss.mean()
+        if q.device.type != "cpu": loss = _marked(loss, q.detach(), k, bank)
+        return PrunedLoss(loss, *statistics)

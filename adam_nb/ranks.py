@@ -6,7 +6,7 @@
 __all__ = ['world', 'rank', 'launched', 'share', 'Alone', 'gather', 'average', 'anyone', 'collect', 'agree', 'first', 'same',
            'group', 'main', 'launch', 'handling']
 
-# %% ../nbs/10a_ranks.ipynb #7eba79d5
+# %% ../nbs/10a_ranks.ipynb #91b581a4
 import io, logging, os, re, signal, subprocess, sys, threading, time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import AdamError
 
-# %% ../nbs/10a_ranks.ipynb #56d666c9
+# %% ../nbs/10a_ranks.ipynb #f36e66e3
 def _together() -> bool: return dist.is_available() and dist.is_initialized()
 
 def world() -> int:
@@ -36,7 +36,7 @@ def share(n: int) -> slice:
     "Of `n` things in order, those of this rank: slices that follow each other and differ by one at most."
     return slice(rank()*n//world(), (rank() + 1)*n//world())
 
-# %% ../nbs/10a_ranks.ipynb #3b9d65e9
+# %% ../nbs/10a_ranks.ipynb #28189f4e
 class Alone(AdamError):
     "An error that this rank has met by itself: it has to say it, since rank 0 does not know of it."
 
@@ -47,7 +47,7 @@ def _talking():
         reason = re.sub(r"^\[[^]]*] *", "", f"{e}".strip()).split(". ")[0].split("\n")[0] or type(e).__name__      # without the place in PyTorch's source
         raise (Alone if rank() < 2 else AdamError)(f"Rank {rank()} has lost the connection to another process of this run ({reason}): that one failed and has said why, was killed, or its machine is gone; the same command goes on from the last checkpoint.") from e
 
-# %% ../nbs/10a_ranks.ipynb #dd558d9b
+# %% ../nbs/10a_ranks.ipynb #7244528c
 @torch.no_grad()
 def gather(x: Tensor) -> Tensor:
     "The rows (n, …) of all ranks in rank order, (world·n, …); every rank gives equally many."
@@ -72,7 +72,7 @@ def anyone(flag: bool) -> bool:
     with _talking(): dist.all_reduce(raised, dist.ReduceOp.MAX)
     return bool(raised)
 
-# %% ../nbs/10a_ranks.ipynb #fbea4c29
+# %% ../nbs/10a_ranks.ipynb #e02caf46
 def collect(value) -> list:
     "The values of all ranks, in rank order (small objects)."
     if world() == 1: return [value]
@@ -103,7 +103,7 @@ def same(values: dict, remedy: str) -> None:
         keys = [k for k in every[0] if other.get(k) != every[0][k]]
         if keys: raise AdamError(f"Rank {r} has another {' and '.join(keys)} than rank 0 ({', '.join(f'{other.get(k)!r} instead of {every[0][k]!r}' for k in keys)}); {remedy}")
 
-# %% ../nbs/10a_ranks.ipynb #cfcada50
+# %% ../nbs/10a_ranks.ipynb #7736e22b
 @contextmanager
 def group():
     "Within it the processes that a launcher has started are ranks of one run; a single process is left as it is. After an error the group stays, for the process is about to end."
@@ -118,7 +118,7 @@ def group():
     yield
     dist.destroy_process_group()
 
-# %% ../nbs/10a_ranks.ipynb #99e77d09
+# %% ../nbs/10a_ranks.ipynb #683fc576
 def _with_parent(parent: int):
     "End this process, in order, when its parent is no more: a killed notebook leaves no ranks behind."
     while os.getppid() == parent: time.sleep(1)
@@ -143,11 +143,12 @@ def main(argv: list[str] | None = None) -> int:
     except SignalException: return 75
     return 0
 
-# %% ../nbs/10a_ranks.ipynb #8452043e
+# %% ../nbs/10a_ranks.ipynb #f3f2749b
 def launch(
     nproc: int,                # processes on this machine
     module: str,               # run as `python -m module`
     arguments: list[str],
+    meanwhile=None,            # called after each line that they say
 ) -> tuple[int, str]:
     "Run a module in `nproc` ranks, pass on what they say and the signals SIGTERM and SIGUSR1; exit code, and the launcher's complaint or else the first of the module."
     import psutil
@@ -164,6 +165,7 @@ def launch(
                 name, colon, rest = line.partition(": ")
                 if colon and name in (module, "adam_nb.ranks") and name not in said: said[name] = rest.strip()
                 else: print(line, end="", file=sys.stderr, flush=True)
+                if meanwhile: meanwhile()
             return process.wait(), said.get("adam_nb.ranks") or said.get(module, "")
     finally:
         if process.poll() is None:              # the user has interrupted
@@ -180,5 +182,5 @@ def handling(handler, names=("SIGTERM", "SIGUSR1")):
     finally:
         for n, old in before.items(): signal.signal(n, old if old is not None else signal.SIG_DFL)
 
-# %% ../nbs/10a_ranks.ipynb #10da8298
+# %% ../nbs/10a_ranks.ipynb #aa33a066
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())       # not in a notebook

@@ -6,14 +6,14 @@
 __all__ = ['FREE', 'PrepareConfig', 'PretrainConfig', 'Stage', 'stage_list', 'check', 'as_authors', 'learning_rate', 'essence',
            'differing']
 
-# %% ../nbs/13_schedule.ipynb #34b20ac8
+# %% ../nbs/13_schedule.ipynb #bf16f807
 import dataclasses, math
 from dataclasses import dataclass
 from typing import Literal
 
 from .config import AdamError, build, to_dict
 
-# %% ../nbs/13_schedule.ipynb #0fafcbb8
+# %% ../nbs/13_schedule.ipynb #0f28b794
 @dataclass
 class PrepareConfig:
     "Which images are decoded, and how. The pipeline does this in a node of its own; every run of pretraining has the same fields."
@@ -27,7 +27,7 @@ class PrepareConfig:
     on_bad: Literal["error", "skip"] = "error"  # error: an unreadable image stops the run; skip: it is left out, and listed in the cache's manifest
     in_channels: int = 1                        # 1 grey or 3 colour (paper: 3)
 
-# %% ../nbs/13_schedule.ipynb #a5c89921
+# %% ../nbs/13_schedule.ipynb #94e4f465
 @dataclass
 class PretrainConfig(PrepareConfig):
     "All parameters of a pretraining run. Levels, part boxes and the pruner follow the paper (section 2); defaults are the small recipe."
@@ -42,6 +42,7 @@ class PretrainConfig(PrepareConfig):
     epochs: int | list[int] | None = None       # instead of steps (then steps: null); paper: 200
     # model
     backbone: str = "resnet18"                  # paper: resnet50
+    weights: str | None = None                  # encoder file to begin from, any that room `encoders` reads (ImageNet's, an earlier run's); null: random. With in_channels 1 a first convolution for colour is summed over its channels
     dim: int = 128                              # size of the projected embedding
     bn_splits: int = 4                          # groups in which batch normalisation sees a batch; 1: whole batch
     # contrast
@@ -78,6 +79,7 @@ class PretrainConfig(PrepareConfig):
     channels_last: bool = True                  # memory layout of images and weights
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     workers: int = 1                            # processes that make views; 0: the training process itself
+    views_on: Literal["auto", "workers", "device"] = "auto"  # who turns, lights and blurs: the workers, or the device in batches; auto: the device if it is a GPU. The views are the same to a grey level
     threads: int | None = None                  # of the training process; null: as many as torch has been given, by default all cores
     nproc: int = 1                              # processes that share each batch, one a GPU; above 1 torchrun is started here (torchrun started by hand: its own number counts)
     accumulate: int = 1                         # parts, one after the other, in which a process takes its share of a batch: less memory, same result but for rounding
@@ -89,8 +91,10 @@ class PretrainConfig(PrepareConfig):
     checkpoint_every: int = 100                 # steps between checkpoints; one more ends each stage
     keep: int = 2                               # newest checkpoints that are kept
     on_collapse: Literal["warn", "error"] = "warn"  # a loss at chance, a collapsed embedding or an emptied bank: say so, or stop
+    profile: bool = False                       # write where a step's time goes: profile.json, and a table at the end of each stage
+    tensorboard: bool = False                   # curves for TensorBoard too, in the folder tensorboard (needs that package)
 
-# %% ../nbs/13_schedule.ipynb #0e69f075
+# %% ../nbs/13_schedule.ipynb #c57ff904
 @dataclass(frozen=True)
 class Stage:
     "One element of the stage list."
@@ -100,7 +104,7 @@ class Stage:
     steps_per_epoch: int        # updates in one pass over the images
     prunes: bool                # whether the Purposive Pruner may work here
 
-# %% ../nbs/13_schedule.ipynb #6d57d1d9
+# %% ../nbs/13_schedule.ipynb #0da2a898
 def _levels(config: PretrainConfig) -> list[tuple[int, ...]]:
     "The levels of each element, checked."
     if not config.stages: raise AdamError("'stages' is an empty list; give at least one level, e.g. [0, 2, 4].")
@@ -126,7 +130,7 @@ def _lengths(config: PretrainConfig, key: str) -> list[int]:
         if v < 1: raise AdamError(f"'{key}' is {value!r}; every stage needs at least 1.")
     return values
 
-# %% ../nbs/13_schedule.ipynb #8fe73a56
+# %% ../nbs/13_schedule.ipynb #41f28aab
 def stage_list(
     config: PretrainConfig,
     n_images: int,              # images that are trained on
@@ -141,7 +145,7 @@ def stage_list(
     return [Stage(i, levels, s, per_epoch, prunes(i, levels))
             for i, (levels, s) in enumerate(zip(_levels(config), steps))]
 
-# %% ../nbs/13_schedule.ipynb #fea6515e
+# %% ../nbs/13_schedule.ipynb #d0a7eee4
 _RULES = {  # key -> (what must hold, in words; test)
     "batch_size": ("at least 2", lambda v: v >= 2), "view_size": ("at least 16", lambda v: v >= 16), "cache_size": ("at least 32", lambda v: v >= 32),
     "in_channels": ("1 or 3", lambda v: v in (1, 3)), "dim": ("at least 2", lambda v: v >= 2), "bn_splits": ("at least 1", lambda v: v >= 1),
@@ -159,7 +163,7 @@ _RULES = {  # key -> (what must hold, in words; test)
     "checkpoint_every": ("at least 1", lambda v: v >= 1), "keep": ("at least 1", lambda v: v >= 1),
 }
 
-# %% ../nbs/13_schedule.ipynb #e2dd00eb
+# %% ../nbs/13_schedule.ipynb #e69a3ff0
 def check(config: PretrainConfig) -> PretrainConfig:
     "`config`, with its types put right, if a run with it can work; else `AdamError` that names the key and the remedy."
     config = build(PretrainConfig, {f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
@@ -187,7 +191,7 @@ def as_authors(config: PretrainConfig) -> PretrainConfig:
     colour = {"saturation": 0.4, "hue": 0.1} if config.in_channels == 3 else {}
     return dataclasses.replace(config, exclude_own=False, rotation_fill="zero", **colour)
 
-# %% ../nbs/13_schedule.ipynb #9ad82e52
+# %% ../nbs/13_schedule.ipynb #e1d34e0d
 def learning_rate(config: PretrainConfig, stage: Stage, step: int) -> float:
     "The rate of update `step` (from 0) of a stage."
     if config.schedule == "cosine_epoch":
@@ -198,8 +202,8 @@ def learning_rate(config: PretrainConfig, stage: Stage, step: int) -> float:
     rise = min((step + 1) / (config.warmup_steps + 1), 1.0)
     return config.lr * rise * 0.5 * (1 + math.cos(math.pi * done))
 
-# %% ../nbs/13_schedule.ipynb #a09fdcd6
-FREE = ("data_root", "cache", "on_bad", "workers", "threads", "nproc", "accumulate", "device", "curriculum", "val_every", "log_every", "checkpoint_every", "keep", "on_collapse")   # may change in a resumed run
+# %% ../nbs/13_schedule.ipynb #bba750f0
+FREE = ("data_root", "cache", "on_bad", "workers", "threads", "nproc", "accumulate", "device", "curriculum", "val_every", "log_every", "checkpoint_every", "keep", "on_collapse", "profile", "tensorboard", "views_on")   # may change in a resumed run
 
 def essence(
     config: PretrainConfig,
@@ -208,7 +212,7 @@ def essence(
     "The parameters that decide the weights after an element, as plain JSON values in one form (lengths as lists, no pruner where none works)."
     last = len(config.stages) - 1 if only is None else only
     free = set(FREE) | (set() if last == len(config.stages) - 1 else {"select"})
-    if config.select == "best" and "select" not in free: free.remove("val_every")        # it decides which encoder is selected
+    if (config.select == "best" and "select" not in free) or (config.recipe == "authors" and config.val_split is not None): free.remove("val_every")      # it decides which encoder is selected; the authors' validation moves twin and bank
     values = {k: v for k, v in to_dict(config).items() if k not in free}
     values["stages"] = values["stages"][:last + 1]
     for key in ("steps", "epochs"):

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['pack_id', 'unpack_id', 'overlap', 'stream', 'Augment', 'random_crop', 'View', 'draw_view', 'pyramid',
-           'coarsest_level', 'crop_and_turn', 'turn', 'jitter', 'blur', 'render_view', 'as_tensor', 'Pair',
-           'random_views', 'outline', 'show_views', 'TwoViews', 'StageSampler']
+           'coarsest_level', 'Region', 'cut_region', 'crop_and_turn', 'turn', 'jitter', 'blur', 'render_view',
+           'as_tensor', 'Pair', 'draw_pair', 'random_views', 'outline', 'show_views', 'TwoViews', 'StageSampler']
 
-# %% ../nbs/09_views.ipynb #eceaae9c
+# %% ../nbs/09_views.ipynb #4ce4ad35
 from dataclasses import dataclass
 from math import ceil, cos, exp, floor, log, log2, radians, sin, sqrt
 from typing import Iterator, Literal, NamedTuple, Sequence
@@ -24,7 +24,7 @@ from .config import AdamError
 from .decomposer import MAX_LEVEL, check_level, part_box
 from .draw import colour, new_figure, show_image
 
-# %% ../nbs/09_views.ipynb #94f69a33
+# %% ../nbs/09_views.ipynb #c7a20505
 _CELL_BITS, _LEVEL_BITS = MAX_LEVEL, 5
 _MAX_IMAGE = 2 ** (63 - _CELL_BITS - _LEVEL_BITS) - 1
 
@@ -48,7 +48,7 @@ def unpack_id(
     empty = ids < 0
     return image, level.masked_fill(empty, -1), cell.masked_fill(empty, -1)
 
-# %% ../nbs/09_views.ipynb #977248f7
+# %% ../nbs/09_views.ipynb #3de3c65a
 def _leaves(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Start and end (half-open) of the stretch of leaves of each part; an empty place gets (largest, smallest), which meets nothing."
     image, level, cell = unpack_id(ids)
@@ -73,7 +73,7 @@ def overlap(
     start_b, end_b = _leaves(ids_b)
     return (start_a[:, None] < end_b[None]).logical_and_(start_b[None] < end_a[:, None])
 
-# %% ../nbs/09_views.ipynb #8146589c
+# %% ../nbs/09_views.ipynb #2cf325d1
 def stream(
     seed: int, stage: int, epoch: int,
     item: int,         # number of the image, or of the batch
@@ -82,7 +82,7 @@ def stream(
     "The random numbers that belong to (seed, stage, epoch, item, purpose): always the same ones, wherever and whenever asked. About 10 µs."
     return np.random.Generator(np.random.Philox(key=[seed, stage], counter=[0, item, epoch, purpose]))
 
-# %% ../nbs/09_views.ipynb #16f72f68
+# %% ../nbs/09_views.ipynb #37f7e336
 @dataclass
 class Augment:
     "The augmentation T(.) of the paper (section 2 and 3; the values are the authors')."
@@ -114,7 +114,7 @@ class Augment:
         check("rotation_fill", self.rotation_fill in ("image", "zero"), "give 'image' or 'zero'")
         check("dtype", self.dtype in ("float32", "uint8"), "give 'float32' or 'uint8'")
 
-# %% ../nbs/09_views.ipynb #c58328ce
+# %% ../nbs/09_views.ipynb #fd5353de
 def random_crop(
     part: tuple[float, float, float, float],  # box (y0, x0, y1, x1) to crop from, pixels
     scale: tuple[float, float], ratio: tuple[float, float],
@@ -135,7 +135,7 @@ def random_crop(
     h, cy, cx = w / aspect, (y0 + y1) / 2, (x0 + x1) / 2
     return cy - h / 2, cx - w / 2, cy + h / 2, cx + w / 2
 
-# %% ../nbs/09_views.ipynb #df23e886
+# %% ../nbs/09_views.ipynb #800f94c4
 class View(NamedTuple):
     "Everything that is random in one view."
     box: tuple[float, float, float, float]  # the crop (y0, x0, y1, x1), pixels of the full image
@@ -159,7 +159,7 @@ def draw_view(
     sigma = (low + (high - low) * rng.random()) * augment.size / 224 if rng.random() < augment.blur_p else 0.0
     return View(box, angle, factors, order, sigma)
 
-# %% ../nbs/09_views.ipynb #6b674264
+# %% ../nbs/09_views.ipynb #5b8c4d54
 def pyramid(
     image: np.ndarray,  # (H, W) or (H, W, 3), uint8 or float in [0, 1]
 ) -> list[np.ndarray]:
@@ -173,7 +173,7 @@ def coarsest_level(levels: Sequence[np.ndarray], box: tuple[float, float, float,
     shrink = min(box[2] - box[0], box[3] - box[1]) / size
     return min(floor(log2(shrink)), len(levels) - 1) if shrink >= 2 else 0
 
-# %% ../nbs/09_views.ipynb #d4924b46
+# %% ../nbs/09_views.ipynb #23c55775
 def _sample(
     picture: torch.Tensor,         # float (1, C, h, w)
     centre: tuple[float, float],   # (y, x) of the middle of the view, pixels of `picture`
@@ -194,13 +194,19 @@ def _around(centre: float, reach: float, length: int) -> tuple[int, int]:
     first = min(max(floor(centre - reach), 0), length - 1)
     return first, max(min(ceil(centre + reach), length), first + 1)
 
-def crop_and_turn(
+class Region(NamedTuple):
+    "What a view is sampled from: a piece of the image at the view's resolution, and where the view lies in it."
+    pixels: torch.Tensor          # uint8 (C, h, w)
+    centre: tuple[float, float]   # (y, x) of the middle of the view, pixels of the region
+    step: tuple[float, float]     # (down, across): pixels of the region per pixel of the view, about 1
+
+def cut_region(
     levels: Sequence[np.ndarray],              # uint8 pyramid, (H, W) or (H, W, 3)
     box: tuple[float, float, float, float],    # the crop (y0, x0, y1, x1), pixels of level 0
     angle: float,                              # degrees, counter-clockwise
     size: int,
-) -> np.ndarray:
-    "The crop as float32 (C, size, size) in [0, 1], turned about its centre, antialiased, its corners filled with the image around it."
+) -> Region:
+    "The image around a crop, antialiased, as far as the turned view reaches or the image does."
     image = levels[coarsest_level(levels, box, size)]
     down, across = image.shape[0] / levels[0].shape[0], image.shape[1] / levels[0].shape[1]   # not exactly 1/2, 1/4 … when a side is odd
     y0, x0, y1, x1 = box[0] * down, box[1] * across, box[2] * down, box[3] * across
@@ -214,8 +220,17 @@ def crop_and_turn(
     rows, columns = max(min(height, round(height / dy)), 1), max(min(width, round(width / dx)), 1)
     if (rows, columns) != (height, width): region = F.interpolate(region, (rows, columns), mode="bilinear", antialias=True)
     fy, fx = rows / height, columns / width
-    view = _sample(region.float(), ((cy - top) * fy, (cx - left) * fx), (dy * fy, dx * fx), angle, size, "reflection")
-    return view[0].numpy() * np.float32(1 / 255)
+    return Region(region[0], ((cy - top) * fy, (cx - left) * fx), (dy * fy, dx * fx))
+
+def crop_and_turn(
+    levels: Sequence[np.ndarray],              # uint8 pyramid, (H, W) or (H, W, 3)
+    box: tuple[float, float, float, float],    # the crop (y0, x0, y1, x1), pixels of level 0
+    angle: float,                              # degrees, counter-clockwise
+    size: int,
+) -> np.ndarray:
+    "The crop as float32 (C, size, size) in [0, 1], turned about its centre, antialiased, its corners filled with the image around it."
+    region = cut_region(levels, box, angle, size)
+    return _sample(region.pixels[None].float(), region.centre, region.step, angle, size, "reflection")[0].numpy() * np.float32(1 / 255)
 
 def turn(
     view: np.ndarray,  # float32 (C, S, S)
@@ -225,7 +240,7 @@ def turn(
     size = view.shape[-1]
     return _sample(torch.from_numpy(view)[None], (size / 2, size / 2), (1, 1), angle, size, "zeros")[0].numpy()
 
-# %% ../nbs/09_views.ipynb #b784745b
+# %% ../nbs/09_views.ipynb #dc362f75
 def _grey(picture: np.ndarray) -> np.ndarray:
     "(1, S, S) luminance of a picture (C, S, S), with torchvision's weights."
     return picture if len(picture) == 1 else np.tensordot(np.float32([[0.2989, 0.587, 0.114]]), picture, 1)
@@ -247,7 +262,7 @@ def jitter(
         picture = np.clip(picture, 0, 1)
     return picture
 
-# %% ../nbs/09_views.ipynb #1651e56c
+# %% ../nbs/09_views.ipynb #bd639107
 def blur(
     picture: np.ndarray,  # (C, S, S)
     sigma: float,         # pixels
@@ -265,20 +280,23 @@ def blur(
         for i in range(1, radius + 1): picture += weights[i] * (shifted[radius - i] + shifted[radius + i])
     return picture
 
-# %% ../nbs/09_views.ipynb #8fbf4e48
+# %% ../nbs/09_views.ipynb #22f01d95
 def render_view(levels: Sequence[np.ndarray], view: View, augment: Augment) -> np.ndarray:
     "One view as float32 (C, S, S) in [0, 1], from a uint8 pyramid and the drawn numbers."
     inside = augment.rotation_fill == "image"
     picture = crop_and_turn(levels, view.box, view.angle if inside else 0, augment.size)
+    channels = len(picture)
+    if channels == 3 and (picture == picture[:1]).all(): picture = picture[:1]      # a grey film as three equal channels: one is enough until the end
     if view.order: picture = jitter(picture, view.factors, view.order)
     if view.sigma > 0: picture = blur(picture, view.sigma)
-    return picture if inside else turn(picture, view.angle)
+    if not inside: picture = turn(picture, view.angle)
+    return picture if len(picture) == channels else np.repeat(picture, channels, 0)
 
 def as_tensor(picture: np.ndarray, dtype: str = "float32") -> torch.Tensor:
     "A view as a tensor: float32 in [0, 1] as it is, or uint8, rounded."
     return torch.from_numpy(np.rint(picture * 255).astype(np.uint8) if dtype == "uint8" else np.ascontiguousarray(picture))
 
-# %% ../nbs/09_views.ipynb #2d769659
+# %% ../nbs/09_views.ipynb #13281358
 class Pair(NamedTuple):
     "Two views of one part."
     q: torch.Tensor                # (C, S, S)
@@ -286,6 +304,17 @@ class Pair(NamedTuple):
     cell: int                      # the part, row-major
     part: tuple[int, int, int, int]  # its box, pixels of the image
     views: tuple[View, View]       # what was drawn
+
+def draw_pair(
+    shape: tuple[int, int],     # (height, width) of the full image
+    level: int,                 # granularity level of the part
+    augment: Augment,
+    rng: np.random.Generator,
+) -> tuple[int, tuple[int, int, int, int], tuple[View, View]]:
+    "Draw a part and two views of it: its number, its box, the views."
+    cell = int(rng.random() * 2 ** check_level(level))
+    part = part_box(*shape, level, cell)
+    return cell, part, (draw_view(part, augment, rng), draw_view(part, augment, rng))
 
 def random_views(
     image: np.ndarray | Sequence[np.ndarray],  # (H, W) or (H, W, 3), or its uint8 pyramid, the full image first
@@ -295,13 +324,11 @@ def random_views(
 ) -> Pair:
     "Draw a part of `image` at `level` and two views of it (paper 2: x = AD(I, n), x_q = T(x), x_k = T(x))."
     levels = pyramid(image) if isinstance(image, np.ndarray) else image
-    cell = int(rng.random() * 2 ** check_level(level))
-    part = part_box(*levels[0].shape[:2], level, cell)
-    views = draw_view(part, augment, rng), draw_view(part, augment, rng)
+    cell, part, views = draw_pair(levels[0].shape[:2], level, augment, rng)
     q, k = (as_tensor(render_view(levels, view, augment), augment.dtype) for view in views)
     return Pair(q, k, cell, part, views)
 
-# %% ../nbs/09_views.ipynb #70ed4885
+# %% ../nbs/09_views.ipynb #4bfce988
 def outline(view: View) -> np.ndarray:
     "The four corners of a view as (x, y) in pixels of the full image: the turned crop, for drawing."
     y0, x0, y1, x1 = view.box
@@ -332,7 +359,7 @@ def show_views(
             for spine in panel.spines.values(): spine.set_edgecolor(colour(j)); spine.set_linewidth(2.5)
     return figure
 
-# %% ../nbs/09_views.ipynb #ae0a6626
+# %% ../nbs/09_views.ipynb #4ef7bcbf
 class TwoViews(torch.utils.data.Dataset):
     "Two views and the packed id of one random part for each (position, level): `x_q (C, S, S), x_k (C, S, S), id`. All randomness is a function of (seed, stage, epoch, image)."
     def __init__(self,
@@ -360,10 +387,14 @@ class TwoViews(torch.utils.data.Dataset):
         position, level = key
         image = int(self.indices[position])
         levels = [self.cache.image(image, i) for i in range(self.cache.levels(image))]
-        pair = random_views(levels, level, self.augment, stream(self.seed, self.stage, self.epoch, image))
+        return self.make(image, levels, level, stream(self.seed, self.stage, self.epoch, image))
+
+    def make(self, image: int, levels: list[np.ndarray], level: int, rng: np.random.Generator):
+        "An item, from the image's pyramid and its random numbers."
+        pair = random_views(levels, level, self.augment, rng)
         return pair.q, pair.k, pack_id(image, level, pair.cell)
 
-# %% ../nbs/09_views.ipynb #c4befe06
+# %% ../nbs/09_views.ipynb #8725d7d5
 class StageSampler(torch.utils.data.Sampler):
     """Batches of (position, level), one level in a batch, for `DataLoader(batch_sampler=…)`.
 

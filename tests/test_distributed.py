@@ -32,7 +32,8 @@ from adam_nb import ranks
 from adam_nb.config import build
 from adam_nb.feed import open_cache, stage_loader
 from adam_nb.schedule import PretrainConfig, check
-from adam_nb.trainer import Run, _Silent, make_optimizer, update, validate
+from adam_nb.loop import Run, make_optimizer, update, validate
+from adam_nb.trainer import _Silent
 folder, name, changes = Path(sys.argv[1]), sys.argv[2], yaml.safe_load(sys.argv[3])
 with ranks.group():
     config = check(build(PretrainConfig, yaml.safe_load((folder/"p.yaml").read_text()) | {"steps": [10, 10], "cache": str(folder/"cache"), "nproc": ranks.world()} | changes))
@@ -65,7 +66,7 @@ def difference(a, b):
     assert a["model"].keys() == b["model"].keys() and len(a["loss"]) == len(b["loss"]) == 20
     tables = lambda run: [t for k in ("loss", "val") for table in [torch.tensor(run[k], dtype=torch.float64)] for t in (table[:, 0], table[:, 1:] / 1000)]
     pairs = [(a["model"][k].double(), b["model"][k].double()) for k in a["model"]] + list(zip(tables(a), tables(b)))
-    return max(float((x - y).abs().max()) for x, y in pairs)
+    return float(torch.stack([(x - y).abs().max() for x, y in pairs]).max())         # torch's maximum of a NaN is NaN, and less than nothing; Python's may pass it over
 
 
 SGD = {"optimizer": "sgd", "lr": 0.03}        # AdamW divides a vanishing gradient by its own size, and so makes its last digit visible
