@@ -150,7 +150,7 @@ def show_example(example: dict, title: str | None = None) -> Figure:
     "The picture of one of the `examples` of a correspondence result."
     m = Matches(np.array(example["matches"], dtype=np.int64).reshape(-1, 4), np.array(example["similarity"], dtype=float), np.array(example["mutual"], dtype=bool),
                 tuple(example["grid_a"]), tuple(example["grid_b"]), example["threshold"])
-    names = (example["patient_a"], "the same film, warped" if example["kind"] == "warp" else example["patient_b"])
+    names = (example["patient_a"], {"warp": "the same film, warped", "elastic": "the same film, deformed"}.get(example["kind"], example["patient_b"]))
     return show_correspondence(text_to_picture(example["image_a"]), text_to_picture(example["image_b"]), m, names=names, title=title)
 
 # %% ../nbs/21_correspondence.ipynb #c1880399
