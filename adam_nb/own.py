@@ -117,7 +117,7 @@ def fit_segmenter(
     out.mkdir(parents=True, exist_ok=True)
     save_segmenter(out/"segmenter.safetensors", model, **{k: v for k, v in card.items() if k not in ("names", "backbone", "in_channels")})
     write_json(out/"segmenter.json", card)
-    show_segmentation(model, data, 6).savefig(out/"training.png", dpi=80)
+    show_segmentation(model, data, 6).savefig(out/"training.png", dpi=110)
     return card
 
 # %% ../nbs/18e_own.ipynb #c387b41d

@@ -172,7 +172,9 @@ def next_steps(nodes: list[Node]) -> str:
     trained = [n for n in nodes if n.notebook == "pretrain"]
     best = next((n for n in reversed(trained) if n.wiring["arm"] == "adam"), trained[-1] if trained else None)
     lines = [f"Report: {nodes[-1].output}"]
-    if best: lines.append(f"Next, an image of your own: adam_nb embed {Path(best.output).parent}/encoder.safetensors IMAGE.png")
+    if best:
+        encoder = f"{Path(best.output).parent}/encoder.safetensors"
+        lines += [f"Next, an image of your own:  adam_nb embed {encoder} IMAGE.png", f"outlines from a few masks:   adam_nb fit-segmenter {encoder} IMAGES MASKS --out DIR"]
     return "\n".join(lines)
 
 # %% ../nbs/28_pipeline.ipynb #1505f3e2

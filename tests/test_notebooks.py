@@ -7,7 +7,7 @@ from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
 
 NBS = Path(__file__).resolve().parents[1]/"nbs"
-LESSONS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.parent.name != "run")
+LESSONS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.parent.name not in ("run", "tutorials"))      # test_tutorials.py runs those
 FLAGS = os.environ.get("ADAM_NB_TEST_FLAGS", "").split()
 
 
