@@ -141,10 +141,10 @@ def few_shot_table(run: Run):
 
 # %% ../nbs/23d_transfer.ipynb #16880522
 def absent_tasks(run: Run) -> dict[str, str]:
-    "Task -> \"no data: where to get it\", of the tasks that the run's plan had to leave out."
+    "Task -> \"no data: where to get it\", of the tasks that the run's plan had to pass over."
     from adam_nb.tasks import TASKS, missing_data
-    left_out = dict(m.groups() for line in run.plan.get("remarks") or [] if (m := re.fullmatch(r"(\w+) is left out: (.*)", line)))
-    return {task: missing_data(TASKS[task]) or f"no data when the run was planned: {why}" for task, why in left_out.items() if task in TASKS}
+    left_out = dict(m.groups() for line in run.plan.get("remarks") or [] if (m := re.fullmatch(r"(\w+) (?:is left out|has no data and is passed over): (.*)", line)))
+    return {r["task"]: r["status"] for r in run.results if r.get("status")} | {task: missing_data(TASKS[task]) or f"no data when the run was planned: {why}" for task, why in left_out.items() if task in TASKS}
 
 # %% ../nbs/23d_transfer.ipynb #81f7123d
 def _rows_of(r: dict, arms: list[str]) -> list[dict]:
