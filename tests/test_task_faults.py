@@ -19,6 +19,7 @@ from adam_nb.results import read_results, write_result
 from adam_nb.runs import read_run
 from adam_nb.segment import SegmentConfig, finetune_segmenter, run_segment
 from adam_nb.tasks import TASKS, Task, task
+from adam_nb.transfer import absent_tasks
 
 torch.set_num_threads(1)
 OPTIONS = {"n": 40, "size": 64, "seed": 0}
@@ -141,6 +142,7 @@ def test_a_missing_data_set_is_refused_or_noted(name, tmp_path, monkeypatch):
     write_result(tmp_path/"adam/t.json", run(dataclasses.replace(config, if_missing="note"), arm="adam", progress=False))
     (read,) = read_run(tmp_path).results                    # a result like any other, without a number
     assert read["status"].startswith("no data: get") and read["task"] == name and read["metrics"] == {} == read["series"] and len(read_results(tmp_path)) == 1
+    assert absent_tasks(read_run(tmp_path)) == {name: read["status"]}      # what the table of tasks shows
 
 
 def test_what_is_computed_stays(tmp_path, monkeypatch):
