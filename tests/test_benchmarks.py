@@ -32,7 +32,7 @@ def executed(path: Path, out: Path) -> dict:
     return read_json(out/f"{path.stem}.json")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_benchmark_measures_every_row(tmp_path):
     rows = executed(BENCHMARK, tmp_path)["rows"]
     for row in rows:
@@ -44,7 +44,7 @@ def test_the_benchmark_measures_every_row(tmp_path):
     assert ratio["value"] == pytest.approx(ratio["ours"]/ratio["theirs"]) and all(len(side) == 1 for side in ratio["runs"].values())
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_scaling_model_is_fitted_and_checked(tmp_path):
     found = executed(SCALING, tmp_path)
     assert {r["ranks"] for r in found["measured"]} == {1, 2} and len(found["held_out"]) == 1
