@@ -39,6 +39,7 @@ def save_state(
         _to_disk(path.parent)
     except (OSError, RuntimeError) as e:        # torch's writer turns a full disk into a RuntimeError
         if tmp.exists(): tmp.unlink()
+        if "DataLoader worker" in str(e): raise        # PyTorch tells of a dead worker wherever the program is: no fault of the disk
         raise AdamError(f"The checkpoint {path} could not be written ({' '.join(str(e).split())}); free some space or check the rights, then run the same command again.") from None
     return path
 

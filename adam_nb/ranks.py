@@ -44,6 +44,7 @@ class Alone(AdamError):
 def _talking():
     try: yield
     except RuntimeError as e:       # what gloo and NCCL raise; a thousand ranks need not all say it
+        if "DataLoader worker" in str(e): raise        # raised wherever the program is when a worker dies
         reason = re.sub(r"^\[[^]]*] *", "", f"{e}".strip()).split(". ")[0].split("\n")[0] or type(e).__name__      # without the place in PyTorch's source
         raise (Alone if rank() < 2 else AdamError)(f"Rank {rank()} has lost the connection to another process of this run ({reason}): that one failed and has said why, was killed, or its machine is gone; the same command goes on from the last checkpoint.") from e
 
