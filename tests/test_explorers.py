@@ -49,14 +49,19 @@ def monitor(folder):
     return e, move
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("make", [decomposer, pruner, correspondence, embedding, monitor], ids=lambda f: f.__name__)
 def test_500_moves_leave_the_memory_where_it_was(make, tmp_path):
     e, move = make(tmp_path)
     e.widget
     rss = lambda: psutil.Process(os.getpid()).memory_info().rss
-    for i in range(150): move(i)
+    def run(n):
+        for i in range(n):
+            with e.together(): move(i)
+    run(100)
     before = rss()
-    for i in range(500): move(i)
+    run(500)
     grown = rss() - before
     print(f"{make.__name__}: {e.draws} pictures, {grown/1e6:+.1f} MB")
     assert grown < 12e6, f"{grown/1e6:.1f} MB more after 500 moves"
