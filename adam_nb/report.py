@@ -208,7 +208,7 @@ def _locality(run: Run, album: Album) -> str:
             position, pixels = (next(iter(m.values())) for m in (position, pixels))       # controls are the same in all arms
             above = [arm_name(a) for a, v in knn1.items() if v > pixels]
             said.append(f"Controls for the nearest neighbour in another patient: the bare position of a patch names its landmark in {100 * position:.0f} % of cases, raw pixels in {100 * pixels:.0f} %; better than raw pixels: {', '.join(above) or 'no arm'}.")
-    return _says(*said) + _figures(run, "landmark_maps", "locality")
+    return _says(*said) + _figures(run, "landmark_maps", "locality", "scales")
 
 def _compositionality(run: Run, album: Album) -> str:
     found, said = probe_results(run, "compositionality"), []
@@ -217,7 +217,7 @@ def _compositionality(run: Run, album: Album) -> str:
         said.extend(verdict(run, frame, "compositionality", "same_place_auc", "share of wholes that are nearer to their own parts than to those from the same place of another patient", digits=1, task=task))
         cosine = _probe_means(run, frame, "compositionality", "cosine_mean")
         if cosine: said.append(f"The plain cosine is highest in {arm_name(max(cosine, key=cosine.get))} ({max(cosine.values()):.3f}); it is high for any features that are alike, so the picture sets foreign parts beside own ones.")
-    return _says(*said) + _figures(run, "compositionality")
+    return _says(*said) + _figures(run, "compositionality", "levels")
 
 def _matches(run: Run, album: Album) -> str:
     found, said = probe_results(run, "correspondence"), []
@@ -231,7 +231,7 @@ def _matches(run: Run, album: Album) -> str:
             base = next(iter(base.values()))
             below = [arm_name(a) for a, v in error.items() if v < base]
             said.append(f"Simply taking the same coordinates errs by {base:.1f} % of the width; better than that: {', '.join(below) or 'no arm'}.")
-    return _says(*said) + _figures(run, "correspondence", "matches_warp", "matches")
+    return _says(*said) + _figures(run, "correspondence", "matches_warp", "matches", "example")
 
 def _differences(run: Run, album: Album) -> str:
     every = [c for c in figures.comparisons(run) if c["n_seeds"] > 1]
