@@ -7,7 +7,7 @@ __all__ = ['open_cache', 'split_indices', 'augment_of', 'EpochViews', 'EpochPiec
            'stage_loader', 'workers_may_die', 'batches_of', 'level_of', 'validation_batches', 'forewarnings']
 
 # %% ../nbs/13c_feed.ipynb #bb69d379
-import os, signal
+import atexit, multiprocessing, os, signal, weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -128,9 +128,19 @@ def workers_may_die():
         reason = str(e).split(". ")[0].rstrip(".") or "end of file"
         raise ranks.Alone(f"A process that makes views is gone ({reason}), as happens when memory or shared memory (/dev/shm) is short: lower 'workers' or 'batch_size', or allow more; the same command goes on from the last checkpoint.") from None
 
+_deaf_workers = weakref.WeakSet()
+
+@atexit.register
+def _end_workers():
+    "Workers that are left when the interpreter ends. Deaf as they are, multiprocessing's own SIGTERM would not end them, and it would wait for ever."
+    for worker in list(_deaf_workers):
+        if worker.is_alive(): worker.kill()
+
 def batches_of(loader: DataLoader):
-    "The batches of a loader, whose workers are deaf to signals and end with this generator."
+    "The batches of a loader, whose workers are deaf to signals and end with this generator, at the latest with the interpreter."
+    others = set(multiprocessing.active_children())
     with _deaf(): iterator = iter(loader)
+    _deaf_workers.update(set(multiprocessing.active_children()) - others)
     while True:
         try:
             with workers_may_die(): batch = next(iterator, None)
