@@ -133,8 +133,9 @@ _deaf_workers = weakref.WeakSet()
 @atexit.register
 def _end_workers():
     "Workers that are left when the interpreter ends. Deaf as they are, multiprocessing's own SIGTERM would not end them, and it would wait for ever."
-    for worker in list(_deaf_workers):
-        if worker.is_alive(): worker.kill()
+    left = [w for w in list(_deaf_workers) if w.is_alive()]
+    if left and hasattr(signal, "SIGCHLD"): signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # PyTorch's handler calls their end an error
+    for worker in left: worker.kill()
 
 def batches_of(loader: DataLoader):
     "The batches of a loader, whose workers are deaf to signals and end with this generator, at the latest with the interpreter."

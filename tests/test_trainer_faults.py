@@ -256,4 +256,4 @@ def test_a_worker_that_was_left_ends_with_the_interpreter():
     "Workers are deaf to SIGTERM, by which multiprocessing ends what is left: an unfinished generator would hold the interpreter for ever."
     code = "from torch.utils.data import DataLoader\nfrom adam_nb.feed import batches_of\nleft = batches_of(DataLoader(list(range(1000)), num_workers=1))\nprint(next(left))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "tensor" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "") and "tensor" in done.stdout
