@@ -33,6 +33,7 @@ def executed(path: Path, out: Path) -> dict:
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.slow
 def test_the_benchmark_measures_every_row(tmp_path):
     rows = executed(BENCHMARK, tmp_path)["rows"]
     for row in rows:
@@ -45,6 +46,7 @@ def test_the_benchmark_measures_every_row(tmp_path):
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.slow
 def test_the_scaling_model_is_fitted_and_checked(tmp_path):
     found = executed(SCALING, tmp_path)
     assert {r["ranks"] for r in found["measured"]} == {1, 2} and len(found["held_out"]) == 1

@@ -108,7 +108,10 @@ class Pad:
                 self.cells.add_class(f"adam-cells-{shape[1]}")
                 count = range(shape[0]*shape[1])
                 # The front end makes all buttons anew at every click unless each label is the number of its button; the name is told by the tooltip.
-                self.cells.tooltips, self.cells.options = [f"{name} {i}" for i in count], [str(i) for i in count]
+                # So it does not see that buttons have become fewer; a single one of another label, for a moment, makes it look.
+                if self.shape and 1 < len(count) < self.shape[0]*self.shape[1]: self.cells.index, self.cells.options = None, ["all"]
+                self.cells.index = None
+                self.cells.tooltips, self.cells.options = [f"{name} {i}" for i in count], [str(i) for i in count] if len(count) > 1 else ["all"]
                 self.shape = shape
             self.cells.index = chosen
         finally: self._quiet = False
