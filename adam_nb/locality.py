@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 import torch
 from matplotlib.figure import Figure
 
@@ -125,6 +126,7 @@ def neighbours(
     return {"knn1": knn1, "knn5": vote, "retrieval_map": precision, "distance_ratio": ratio, "nearest": nearest}
 
 # %% ../nbs/19_locality.ipynb #2000043b
+@threadpool_limits.wrap(limits=1, user_api="blas")     # on matrices this small several threads wait for one another, beside other work twenty times as long
 def linear_probe(
     features: np.ndarray,   # (N, D)
     code: np.ndarray,       # (N,)
