@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import load_state, newest_state, read_log
+from .checkpoint import read_log, training_state
 from .config import AdamError, to_dict
 from .encoders import save_encoder
 from .model import create_encoder
@@ -36,14 +36,7 @@ def load_init(
     only: int | None,
 ) -> dict:
     "The last state of an earlier element. `AdamError` when it is absent, unfinished, of another network, or not what `only` follows."
-    path = Path(init)
-    if path.is_dir():
-        found = newest_state(path/"checkpoints" if (path/"checkpoints").is_dir() else path)
-        if found is None: raise AdamError(f"init: there is no checkpoint in {path}; run the stage before this one first.")
-        path, state = found
-    elif path.is_file(): state = load_state(path)
-    else: raise AdamError(f"init: there is no file or folder {path}; run the stage before this one first.")
-    if state.get("format") != 1 or "model" not in state: raise AdamError(f"init: {path} is no training state; name the folder of an earlier run, or a file in its checkpoints folder.")
+    path, state = training_state(init, "init: ")
     for key in _SHAPE:
         if state["config"][key] != getattr(config, key): raise AdamError(f"'{key}' is {getattr(config, key)!r}, but the state {path} was trained with {state['config'][key]!r}; use the same value, or another init.")
     if state["step"] != 0: raise AdamError(f"init: {path} stops in the middle of stage {state['stage']}; run that stage to its end first.")

@@ -59,7 +59,7 @@ def inline_svg(
     return svg.replace("<svg", f"<svg{label}", 1).strip()
 
 # %% ../nbs/24a_page.ipynb #8a500294
-_BUDGET = 3_600_000        # bytes of embedded pixel pictures, as base64, so that the file stays below 5 MB
+_BUDGET = 3_600_000        # bytes of embedded pixel pictures, as base64, so that a file with five arms stays below 6 MB
 
 class Album:
     "Embeds the pictures of a run until the budget is spent."

@@ -154,8 +154,7 @@ def correspondence_errors(run, used, prefix: str | None = None) -> Figure:
     first = next((r for r in found.values() if not r["metrics"].get("collapsed")), None)
     if first is None: raise Missing("Every encoder has collapsed: each gives one vector for every patch, and there is no correspondence to draw.")
     questions = [q for q in _QUESTIONS if q in first["metrics"]]
-    fig = Drawing(figsize=(max(4.5 * len(questions), 9), 1.9 + 0.46 * (len(arms) + 3)), layout="constrained")
-    axes = fig.subplots(1, len(questions), sharey=True, squeeze=False)[0]
+    fig, axes = new_panels(len(questions), columns=3, width=4.5, height=1.9 + 0.46 * (len(arms) + 3), sharey=True)
     n = first["series"].get("n", first["n"])
     for ax, q in zip(axes, questions):
         for i, arm in enumerate(arms):
@@ -165,7 +164,7 @@ def correspondence_errors(run, used, prefix: str | None = None) -> Figure:
         ax.set_title(f"{_QUESTIONS[q]}\nn = {n.get(_COUNTS.get(q, 'landmarks'), '?')}, {n.get('patients', '?')} patients", fontsize=12, fontweight="normal")
         ax.set_xlabel("median error (% of the width)")
         ax.set_xlim(0, None)
-    name_rows(axes[0], [arm_name(a) for a in arms] + list(_BASELINES.values()))
+    for ax in axes: name_rows(ax, [arm_name(a) for a in arms] + list(_BASELINES.values()))
     return fig
 
 # %% ../nbs/23c_probe_figures.ipynb #24b2f263
@@ -194,7 +193,7 @@ def correspondence_pictures(run, used, prefix: str | None = None, kind: str = "p
     for ax, arm in zip(axes, arms):
         e, gap = found[arm][1], 6
         a, b = _decoded(e["image_a"]), _decoded(e["image_b"])
-        for image, x in ((a, 0), (b, 100 + gap)): ax.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(x, x + 100, 100 * image.shape[0] / image.shape[1], 0))
+        for image, x in ((a, 0), (b, 100 + gap)): ax.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="none", extent=(x, x + 100, 100 * image.shape[0] / image.shape[1], 0))
         pairs = [m for m, mutual in zip(e["matches"], e["mutual"]) if mutual]
         pick = np.unique(np.linspace(0, len(pairs) - 1, min(lines, len(pairs))).round().astype(int)) if pairs else []
         for k, i in enumerate(pick):
@@ -258,7 +257,7 @@ def level_curves(run, used, prefix: str | None = None) -> Figure:
 
 # %% ../nbs/23c_probe_figures.ipynb #35d6a4d7
 @from_run
-def one_example(run, used, prefix: str | None = None, films: int = 3) -> Figure:
+def one_example(run, used, prefix: str | None = None, films: int = 2) -> Figure:
     "One annotated film (left) and where each arm finds its landmarks in other patients: ring = truth, filled mark = found, joined by a line."
     found = {a: r for (a, s), r in sorted(probe_results(run, "correspondence", prefix).items(), key=lambda i: -i[0][1]) if (r["series"].get("found") or {}).get("targets")}
     arms = [a for a in arms_of(run) if a in found]
@@ -271,12 +270,13 @@ def one_example(run, used, prefix: str | None = None, films: int = 3) -> Figure:
         look = {n: (_LANDMARK_COLOURS[k % 10], _LANDMARK_MARKERS[k % 10]) for k, n in enumerate(f["names"])}
         def film(ax, text):
             image = _decoded(text)
-            ax.imshow(image, cmap="gray", vmin=0, vmax=255, extent=(0, 100, 100 * image.shape[0] / image.shape[1], 0)); ax.set_axis_off()
+            few = image[::max(1, image.shape[0] // 120), ::max(1, image.shape[1] // 120)]      # every arm has the same films again, and a report carries them all
+            ax.imshow(few, cmap="gray", vmin=0, vmax=255, interpolation="none", extent=(0, 100, 100 * image.shape[0] / image.shape[1], 0)); ax.set_axis_off()
             return np.array([100, 100 * image.shape[0] / image.shape[1]])
         scale = film(row[0], f["image"])
         for name, p in zip(f["names"], np.asarray(f["at"], dtype=float) * scale): row[0].plot(*p, color=look[name][0], marker=look[name][1], markersize=8, markeredgecolor="white", linestyle="none", label=name.replace("_", " "))
         m = found[arm]["metrics"].get("example") or {}
-        row[0].set_title(f"{arm_name(arm)}: the example", fontsize=12)
+        row[0].set_title(arm_name(arm), fontsize=12)
         for ax, t in zip(row[1:], f["targets"]):
             scale = film(ax, t["image"])
             for name, truth, guess in zip(t["names"], np.asarray(t["truth"], dtype=float).reshape(-1, 2) * scale, np.asarray(t["found"], dtype=float).reshape(-1, 2) * scale):
@@ -284,7 +284,7 @@ def one_example(run, used, prefix: str | None = None, films: int = 3) -> Figure:
                 ax.plot(*np.stack([truth, guess]).T, color=colour, linewidth=1.2)
                 ax.plot(*truth, marker="o", markersize=9, markerfacecolor="none", markeredgecolor=colour, markeredgewidth=1.6)
                 ax.plot(*guess, marker=marker, markersize=7, color=colour, markeredgecolor="white", markeredgewidth=0.6)
-        if m.get("median_error") is not None: row[1].set_title(f"median error {m['median_error']:.1f} % of the width", fontsize=11, fontweight="normal")
+        if m.get("median_error") is not None: row[1].set_title(f"error {m['median_error']:.1f} % of the width", fontsize=11, fontweight="normal")
         for ax in row[1 + len(f["targets"]):]: ax.set_axis_off()
     legend_below(fig, fig.axes[0], columns=5)
     return fig

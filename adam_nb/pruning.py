@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from .checkpoint import load_state, newest_state
+from .checkpoint import training_state
 from .compositionality import LINES
 from .config import AdamError, build
 from .decomposer import check_level
@@ -33,13 +33,7 @@ from .views import overlap, pack_id, random_views, stream
 # %% ../nbs/22b_pruning.ipynb #00838708
 def load_trained(path) -> tuple[Adam, PretrainConfig]:
     "The twin networks and the config of a run's folder, its checkpoints folder, or one state file; in evaluation mode. `AdamError` when there is no state."
-    path = Path(path)
-    if path.is_dir():
-        found = newest_state(path/"checkpoints" if (path/"checkpoints").is_dir() else path)
-        if found is None: raise AdamError(f"There is no training state in {path}; name the folder of a pretraining stage, or a file in its checkpoints folder.")
-        path, state = found
-    else: state = load_state(path)
-    if state.get("format") != 1 or "model" not in state or "config" not in state: raise AdamError(f"{path} is no training state (an exported encoder has no head); name the folder of a pretraining stage.")
+    path, state = training_state(path)
     config = build(PretrainConfig, state["config"], str(path))
     model = Adam(config.backbone, config.dim, config.bank_size, config.momentum, config.temperature, config.threshold, bn_splits=config.bn_splits, in_channels=config.in_channels, seed=config.seed)
     model.load_state_dict(state["model"])

@@ -291,7 +291,7 @@ def write_report(
     folder: str | Path,              # a run's folder, at any stage of the run
     path: str | Path | None = None,  # the file to write; default <folder>/report.html
 ) -> Path:
-    """Write the report of a run as one self-contained HTML file (at most about 5 MB) and return its path.
+    """Write the report of a run as one self-contained HTML file (about 6 MB with five arms) and return its path.
 
     Never fails on what a run has left: missing parts are named with the node that makes them, torn files by name, and a section that cannot be
     written says why in its place. The file is replaced at once, so a reader sees the old report or the new one. `AdamError` when there is no such folder."""
