@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
 
 from . import ranks
@@ -30,7 +29,8 @@ NORMALISATION = {3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), 1: ((0.5,), 
 
 def _resnet(backbone: str, in_channels: int):
     "Torchvision's ResNet without classifier, and the length of its features."
-    body = getattr(torchvision.models, backbone)(weights=None)
+    from torchvision import models      # brings the compiler with it, two seconds that a plan need not wait for
+    body = getattr(models, backbone)(weights=None)
     dim, body.fc = body.fc.in_features, nn.Identity()
     if in_channels != 3:
         body.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)

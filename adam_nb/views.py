@@ -17,7 +17,6 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 from torch.nn import functional as F
-from torchvision.transforms.functional import adjust_hue
 
 from .cache import pyramid as cache_pyramid
 from .config import AdamError
@@ -255,7 +254,9 @@ def jitter(
         if which >= 2 and len(picture) == 1: continue
         factor = np.float32(factors[which])
         if which == 0: picture = picture * factor
-        elif which == 3: picture = adjust_hue(torch.from_numpy(picture), float(factor)).numpy()
+        elif which == 3:
+            from torchvision.transforms.functional import adjust_hue      # here, since it brings the compiler with it, and grey films need none
+            picture = adjust_hue(torch.from_numpy(picture), float(factor)).numpy()
         else:
             base = _grey(picture).mean() if which == 1 else _grey(picture)
             picture = base + factor * (picture - base)
