@@ -7,7 +7,7 @@ __all__ = ['write_plan', 'read_plan', 'check_parameters', 'clear_stale', 'Interr
            'next_steps', 'parser', 'main']
 
 # %% ../nbs/28_pipeline.ipynb #fa771547
-import argparse, dataclasses, json, os, shlex, signal, subprocess, sys, threading, time
+import argparse, dataclasses, json, os, shlex, signal, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -83,6 +83,15 @@ def _passing_on_signals():
     finally:
         for n, handler in before.items(): signal.signal(n, handler if handler is not None else signal.SIG_DFL)
 
+# %% ../nbs/28_pipeline.ipynb #af3a7352
+@contextmanager
+def _sockets():
+    "Jupyter settings with which a kernel talks through socket files in a folder of its own: nobody else can open them, and kernels that start at once cannot take each other's."
+    from traitlets.config import Config
+    with tempfile.TemporaryDirectory(prefix="adam_nb-", ignore_cleanup_errors=True) as folder:
+        short = len(folder) < 90                # a socket's path has some 100 characters at most
+        yield Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}} if os.name == "posix" and short else {})
+
 # %% ../nbs/28_pipeline.ipynb #415875d3
 def run_node(
     plan_path: str,      # a `plan.json`, relative to the project root
@@ -93,7 +102,6 @@ def run_node(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # threads that wait must sleep: where other work shares the cores, spinning makes a step several times slower
     import papermill
     from papermill.exceptions import PapermillExecutionError
-    from traitlets.config import Config
     root, nodes = project_root(), read_plan(plan_path)
     node = next(n for n in nodes if n.name == name)
     for path in node.inputs:
@@ -107,11 +115,10 @@ def run_node(
     if node.notebook == "pretrain": clear_stale(node)
     print(f"[{nodes.index(node) + 1}/{len(nodes)}] {name}", file=sys.stderr, flush=True)
     t0 = time.time()
-    options = dict(progress_bar=False, stderr_file=sys.stderr, cwd=str(root), kernel_name="python3",
-                   config=Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {}),       # a socket file, which nobody else can open
+    options = dict(progress_bar=False, stderr_file=sys.stderr, cwd=str(root), kernel_name="python3", start_timeout=300,
                    extra_arguments=["--IPKernelApp.log_level=50"])                                             # the kernel's remarks on its own end
     try:
-        with _passing_on_signals(): papermill.execute_notebook(str(notebook), str(root/node.executed), parameters, **options)
+        with _sockets() as config, _passing_on_signals(): papermill.execute_notebook(str(notebook), str(root/node.executed), parameters, config=config, **options)
     except PapermillExecutionError as e:
         if e.ename == "Stopped": raise Interrupted(f"{name}: {e.evalue}") from None
         if e.ename == "AdamError": raise AdamError(f"{name}: {e.evalue}") from None
