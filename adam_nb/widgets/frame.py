@@ -120,7 +120,7 @@ class Pad:
 NO_FRONT = "A still picture: move it in JupyterLab, or set the explorer's attributes and show it again."
 
 class Explorer:
-    "Base of all explorers. A subclass has settings, `pictures()`, `controls()`, and perhaps `follow(name)` for what else changes with a setting."
+    "Base of all explorers. A subclass has settings, `pictures()` (the state as PIL pictures, one for each pad), and perhaps `controls()` and `follow(name)` for what else changes with a setting."
     def __init__(self, **values):
         self._values, self._bound, self._pads, self._front, self._depth, self._dirty = {}, {}, [], None, 0, False
         self.problem, self.broken, self.draws = "", False, 0
@@ -133,9 +133,6 @@ class Explorer:
         for name, value in values.items(): setattr(self, name, value)
     def follow(self, name: str):
         "What else changes when a setting has changed."
-    def pictures(self) -> list:
-        "The state as PIL pictures, one for each pad."
-        raise NotImplementedError(type(self).__name__)
     def controls(self) -> list:
         "Rows of widgets above the pictures."
         return []
