@@ -5,6 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do if $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3,11),(3,12)))' 2>/dev/null; then echo $$p; exit; fi; done)
 PIP := .venv/bin/python -m pip
 PRESET ?= demo
+# Tests run in JOBS processes of one thread each.
+JOBS ?= 2
 # Threads that wait sleep instead of spinning: where other work shares the cores, spinning makes training several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -13,7 +15,7 @@ demo: .venv/.ready
 	@.venv/bin/adam_nb run $(PRESET)
 
 test: .venv/.ready
-	.venv/bin/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-all: .venv/.ready
 	ADAM_NB_TEST_FLAGS="slow data" .venv/bin/python -m pytest
