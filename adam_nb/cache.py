@@ -318,11 +318,14 @@ def _reuse(out: Path, recipe: dict, on_bad: str) -> Cache | None:
     return Cache(out) if equal and (on_bad == "skip" or not manifest.get("skipped", manifest.get("broken"))) else None
 
 def _judge_broken(broken: list[dict], n: int, on_bad: str):
-    "`AdamError` that names every broken image, unless they may be skipped and others are left: then it is said on stderr how many they are and which."
+    "`AdamError` that names the broken images (the first ten of many), unless they may be skipped and others are left: then stderr says how many they are and which."
     if not broken: return
+    said = [b["why"] for b in broken[:10]] + [f"… and {len(broken) - 10} more"][:len(broken) > 10]
     if on_bad == "error" or len(broken) == n:
-        raise AdamError(f"{len(broken)} of {n} images are broken: " + " | ".join(b["why"] for b in broken) + (" — mend or remove them, or set on_bad: skip." if len(broken) < n else " — no image is left."))
-    print(f"{len(broken)} of {n} images are left out; the cache's manifest.json lists them:", *(f"  {b['why']}" for b in broken[:10]), *[f"  … and {len(broken) - 10} more"][:len(broken) > 10], sep="\n", file=sys.stderr)
+        remedy = "mend or remove them (adam_nb check NAME ROOT --full names all), or set on_bad: skip." if len(broken) < n else "no image is left."
+        raise AdamError(f"{len(broken)} of {n} images are broken: {' | '.join(said)} — {remedy}")
+    print(f"{len(broken)} of {n} images are left out; the cache's manifest.json lists them:", *(f"  {s}" for s in said), sep="\n", file=sys.stderr)
+
 
 # %% ../nbs/06_cache.ipynb #e79f990c
 def prepare(
@@ -337,7 +340,7 @@ def prepare(
     progress: bool = True,
     wait: bool = False,          # for another process that prepares the same cache; else it is an error
 ) -> Cache:
-    "Decode `records` into a cache at `out`, or open the equal one that is there. `AdamError` names all broken images, a disk without room, and a folder that is something else."
+    "Decode `records` into a cache at `out`, or open the equal one that is there. `AdamError` names broken images, a disk without room, and a folder that is something else."
     out = Path(out).absolute()
     if channels not in (1, 3): raise AdamError(f"channels is {channels!r}, but must be 1 or 3.")
     if crop not in (None, "fov"): raise AdamError(f"crop is {crop!r}, but must be 'fov' or null.")
