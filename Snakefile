@@ -17,8 +17,8 @@ for node in nodes:
         # The final artefact alone: the engine deletes declared outputs of a failed node, and checkpoints must stay.
         output: node.output
         log: notebook=node.executed
-        # Training takes the whole machine; two trainings at once would fight for it.
-        threads: workflow.cores if node.whole_machine else 1
+        # A node takes the threads that its parameters name, else the whole machine; two that take all would fight for it.
+        threads: node.cores or workflow.cores
         # The interpreter is no parameter: called by another name it must not rerun anything.
         params: name=node.name, plan=str(plan_path)
         shell: "{sys.executable:q} -m adam_nb.pipeline node {params.plan:q} {params.name:q}"

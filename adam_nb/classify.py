@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from .augment import centre
 from .config import AdamError, to_dict
-from .device import pick_device, pick_precision
+from .device import pick_device, pick_precision, thread_count
 from .export import save_supervised
-from .finetune import Arrays, fit, load_arrays, mean_and_std, predict, seeded, start_encoder, thin, thread_count
+from .finetune import Arrays, fit, load_arrays, mean_and_std, predict, seeded, start_encoder, thin
 from .metrics import auprc, auroc, auroc_ci
 from .predictions import code_of, finished_run, predictions_folder, run_key, save_run, save_truth
 from .protocols import Monitor, augmentation, check_input, filled, limited, no_data, parts_of, step_counts
@@ -117,10 +118,11 @@ def linear_scores(
     "Probabilities `(M, outputs)` by one logistic regression for each output on standardised features. An output with one value only in training is that value everywhere."
     scale = StandardScaler().fit(train)
     a, b, out = scale.transform(train), scale.transform(test), np.zeros((len(test), labels.shape[1]))
-    for j in range(labels.shape[1]):
-        known = ~np.isnan(labels[:, j])
-        y = labels[known, j]
-        out[:, j] = (y.mean() if len(y) else 0.5) if len(np.unique(y)) < 2 else LogisticRegression(C=c, max_iter=2000).fit(a[known], y).predict_proba(b)[:, 1]
+    with threadpool_limits(1 if train.size < 2**22 else None, "blas"):      # on small matrices several threads only wait for one another
+        for j in range(labels.shape[1]):
+            known = ~np.isnan(labels[:, j])
+            y = labels[known, j]
+            out[:, j] = (y.mean() if len(y) else 0.5) if len(np.unique(y)) < 2 else LogisticRegression(C=c, max_iter=2000).fit(a[known], y).predict_proba(b)[:, 1]
     return out
 
 # %% ../nbs/17_classify.ipynb #c30fb6a6

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from .ablations import ablation, headlines, question_name
+from .ablations import ablation, headlines, pruned_structures, question_name
 from .config import AdamError
 from .marks import BLUE, GREY, INK, PAPER, STYLE, VERMILION, arm_style, columns_in, dot, from_run, legend_below, name_rows, new_panels, note, number, smooth, spread
 from .probe_figures import compositionality_densities, correspondence_errors, correspondence_pictures, landmark_maps, level_curves, locality_numbers, one_example, scale_matrices
@@ -245,6 +245,7 @@ def arm_differences(run, used, target: str | None = None) -> Figure:
 FIGURES = {  # name -> (title, function, kind of result that it is drawn from; "" = all). Probe figures are drawn once for each probed data set.
     "loss": ("Pretraining loss and chance level", loss_curves, "pretrain"),
     "pruning": ("What the pruner does", pruning_curves, "pretrain"),
+    "pruned_structures": ("What a threshold really prunes", pruned_structures, "pruning"),
     "few_shot": ("Few-shot segmentation", few_shot, "segment"),
     "auroc": ("Classification", auroc_classes, "classify"),
     "transfer": ("Target tasks", transfer_bars, ""),
@@ -274,7 +275,7 @@ def figure_plan(run: Run) -> list[Planned]:
     "The figures of `FIGURES`, those of probes once for each probed data set."
     out = []
     for name, (title, f, kind) in FIGURES.items():
-        probe = kind in ("locality", "compositionality", "correspondence")
+        probe = kind in ("locality", "compositionality", "correspondence", "pruning")
         prefixes = list(dict.fromkeys(probe_prefix(r) for r in run.results if r["kind"] == kind)) if probe else []
         for i, prefix in enumerate(prefixes or [None]):
             out.append(Planned(name if i == 0 else f"{name}_{prefix}", title + (f", {prefix}" if len(prefixes) > 1 else ""), kind,

@@ -23,10 +23,10 @@ from PIL import Image
 from scipy.ndimage import binary_dilation
 
 from .config import AdamError, to_dict, tqdm
-from .device import pick_device
+from .device import pick_device, thread_count
 from .draw import colour, dashes, new_figure, show_image
 from .encoders import load_encoder
-from .finetune import Arrays, fit, predict, start_encoder, thread_count, to_square
+from .finetune import Arrays, fit, predict, start_encoder, to_square
 from .layouts import find_files
 from .metrics import counts, overlap_scores
 from .model import BACKBONES

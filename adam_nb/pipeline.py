@@ -7,7 +7,7 @@ __all__ = ['write_plan', 'read_plan', 'check_parameters', 'clear_stale', 'Interr
            'next_steps', 'parser', 'main']
 
 # %% ../nbs/28_pipeline.ipynb #fa771547
-import argparse, dataclasses, json, os, shlex, signal, subprocess, sys, tempfile, threading, time
+import argparse, dataclasses, json, os, re, shlex, signal, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -92,6 +92,15 @@ def _sockets():
         short = len(folder) < 90                # a socket's path has some 100 characters at most
         yield Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}} if os.name == "posix" and short else {})
 
+# %% ../nbs/28_pipeline.ipynb #208ce382
+class _Labelled:
+    "A stream in which every redrawn line begins with a label."
+    def __init__(self, stream, label: str): self.stream, self.label = stream, label
+    def write(self, text: str):
+        text = re.sub(r"\r( +)\r", lambda m: f"\r{m[1]}{' '*len(self.label)} \r", text)      # what wipes a line wipes the label too
+        self.stream.write(re.sub(r"\r(?=[^\s])", f"\r{self.label} ", text))
+    def flush(self): self.stream.flush()
+
 # %% ../nbs/28_pipeline.ipynb #415875d3
 def run_node(
     plan_path: str,      # a `plan.json`, relative to the project root
@@ -113,9 +122,10 @@ def run_node(
     check_parameters(notebook, parameters)
     (root/node.executed).parent.mkdir(parents=True, exist_ok=True)
     if node.notebook == "pretrain": clear_stale(node)
-    print(f"[{nodes.index(node) + 1}/{len(nodes)}] {name}", file=sys.stderr, flush=True)
+    label = f"[{nodes.index(node) + 1}/{len(nodes)}]"
+    print(f"{label} {name}", file=sys.stderr, flush=True)
     t0 = time.time()
-    options = dict(progress_bar=False, stderr_file=sys.stderr, cwd=str(root), kernel_name="python3", start_timeout=300,
+    options = dict(progress_bar=False, stderr_file=_Labelled(sys.stderr, label), cwd=str(root), kernel_name="python3", start_timeout=300,
                    extra_arguments=["--IPKernelApp.log_level=50"])                                             # the kernel's remarks on its own end
     try:
         with _sockets() as config, _passing_on_signals(): papermill.execute_notebook(str(notebook), str(root/node.executed), parameters, config=config, **options)
@@ -131,7 +141,7 @@ def run_node(
 # %% ../nbs/28_pipeline.ipynb #bc852c7c
 def refresh_report(
     folder: str,           # a run's folder, relative to the project root
-    every: float = 30.0,   # seconds that a report stays as it is
+    every: float = 300.0,  # seconds that a report stays as it is
 ):
     "Write `report_so_far.html` of a run from the results that are there, unless it is younger than `every`."
     path = project_root()/folder/"report_so_far.html"
@@ -153,11 +163,16 @@ def _engine(plan_path: Path, cores: int, extra: list[str]) -> int:
     return subprocess.run(command, cwd=root).returncode
 
 # %% ../nbs/28_pipeline.ipynb #91089e5d
+def _spare_cores() -> int:
+    "As many nodes as may run at once: one a core, and no more than there is memory for, 1.5 GB each."
+    import psutil
+    return max(1, min(os.cpu_count() or 1, int(psutil.virtual_memory().available/1.5e9)))
+
 def run(
     preset: str,                       # a folder below params/
     overrides: list[str] = (),         # key=value
     name: str | None = None,           # output folder below outputs/, needed with overrides
-    cores: int | None = None,          # default: all
+    cores: int | None = None,          # default: all, with 1.5 GB of free memory for each
     engine: list[str] = (),            # passed on to Snakemake, e.g. ["--executor", "slurm"]
 ) -> Path:
     "Run all of a preset that is not up to date; returns the report's path. `AdamError` when a node fails."
@@ -169,7 +184,7 @@ def run(
     path, remarks = write_plan(preset, overrides, name, planned)
     nodes = read_plan(path)
     for r in remarks: print(r, file=sys.stderr)
-    code = _engine(path, cores or os.cpu_count() or 1, ["--rerun-incomplete", *engine])
+    code = _engine(path, cores or _spare_cores(), ["--rerun-incomplete", *engine])
     if code: raise AdamError(f"The run stopped (see above). What was computed stays; the same command goes on from there. Executed notebooks: {nodes[0].folder}/notebooks")
     return root/nodes[-1].output
 
@@ -269,7 +284,7 @@ def parser() -> argparse.ArgumentParser:
     sub = p.add_subparsers(required=True, metavar="COMMAND")
     r = sub.add_parser("run", help="run a preset from images to report; what is up to date stays")
     r.add_argument("preset"); r.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. segment.steps=30 name=mine")
-    r.add_argument("--cores", type=int, help="default: all"); r.add_argument("--engine", default="", help="more options for Snakemake, as one string")
+    r.add_argument("--cores", type=int, help="default: all, with 1.5 GB of free memory for each"); r.add_argument("--engine", default="", help="more options for Snakemake, as one string")
     r.set_defaults(do=_cmd_run)
     sub.add_parser("presets", help="list the presets").set_defaults(do=_cmd_presets)
     sub.add_parser("unlock", help="remove the lock that a killed run has left").set_defaults(do=_cmd_unlock)

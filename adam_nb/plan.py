@@ -27,6 +27,7 @@ class Preset:
     segment: dict[str, dict] = field(default_factory=dict)       # task -> overrides of segment.yaml
     classify: dict[str, dict] = field(default_factory=dict)      # task -> overrides of classify.yaml
     probes: dict[str, dict] = field(default_factory=dict)        # name -> overrides of probes.yaml; the name is the results' file prefix
+    pruning: dict[str, dict] = field(default_factory=dict)       # the like for pruning.yaml, of every arm that is trained by contrast
     needs: list[str] = field(default_factory=list)               # folders below ADAM_NB_DATA without which the preset cannot run
     optional: dict[str, str] = field(default_factory=dict)       # task or probe -> folder below ADAM_NB_DATA; when it is absent, the task stays in the tables as "no data" and the probe is left out
 
@@ -34,7 +35,7 @@ class Preset:
 CONFIGS = {  # run notebook -> the config that it fills; pretraining and downstream share `arm` and seeds by wiring
     "prepare": ("adam_nb.schedule", "PrepareConfig"), "pretrain": ("adam_nb.schedule", "PretrainConfig"),
     "segment": ("adam_nb.segment", "SegmentConfig"), "classify": ("adam_nb.classify", "ClassifyConfig"),
-    "probes": ("adam_nb.probes", "ProbeConfig"),
+    "probes": ("adam_nb.probes", "ProbeConfig"), "pruning": ("adam_nb.pruning", "PruningConfig"),
 }
 
 def config_class(notebook: str):
@@ -163,7 +164,7 @@ class Node:
     inputs: list[str]            # files that must exist before
     output: str                  # the file that is written last
     folder: str                  # the run's output folder
-    whole_machine: bool = True   # takes all cores
+    cores: int | None = None     # that it takes; None: all
     key: str = ""                # pretraining: digest of all that decides the state after this stage
     @property
     def params(self) -> str: return f"{self.folder}/params/{self.name}.yaml"
@@ -224,7 +225,7 @@ def plan(
     for what, need in preset.optional.items():
         if not (data_root()/need).is_dir():
             absent.add(what)
-            remarks.append(f"{what} {'is left out' if what in preset.probes else 'has no data and is passed over'}: there is no folder {data_root()/need}.")
+            remarks.append(f"{what} {'is left out' if what in {*preset.probes, *preset.pruning} else 'has no data and is passed over'}: there is no folder {data_root()/need}.")
     prepared, images = f"{folder}/prepare.json", build(PrepareConfig, values["prepare"])
     filled = lambda kind, v, what: to_dict(build(config_class(kind), v, f"{what} of preset {name}"))
     nodes = [Node("prepare", "prepare", to_dict(images), {"out": folder}, [], prepared, folder)]
@@ -236,7 +237,7 @@ def plan(
                 if seed == preset.pretrain_seeds[0]: remarks.append(f"Arm {arm} is left out: there is no weight file {project_root()/weights}.")
                 continue
             recipe = _recipe(name, arm, values["pretrain"], {k: v for k, v in recipe.items() if k not in _NO_RECIPE}, seed, images)
-            ready, encoder = [prepared], weights
+            ready, encoder, last = [prepared], weights, None
             if labels:
                 node, encoder = _on_labels(name, folder, arm, seed, images, recipe, values.get("classify", {}), labels, prepared)
                 nodes.append(node); ready = [node.output]
@@ -255,9 +256,14 @@ def plan(
                 v = filled("probes", {"view_size": recipe.view_size, **values.get("probes", {}), **extra}, f"probe {prefix}")      # the same size for all arms, also the untrained
                 here = f"{folder}/{arm}/seed{seed}"
                 nodes.append(Node(f"probes.{arm}.seed{seed}.{prefix}", "probes", v, start | {"folder": here, "prefix": prefix}, ready, f"{here}/{prefix}_{v['probes'][-1]}.json", folder))
+            for films, extra in preset.pruning.items():      # asked of a training state: an encoder alone has no head and no twin
+                if films in absent or last is None: continue
+                out = f"{folder}/{arm}/seed{seed}/{films}_pruning.json"
+                nodes.append(Node(f"pruning.{arm}.seed{seed}.{films}", "pruning", filled("pruning", {**values.get("pruning", {}), **extra}, f"pruning {films}"), {"arm": arm, "state": last, "pretrain_seed": seed, "out": out}, ready, out, folder))
+    for n in nodes: n.cores = n.values.get("threads") and n.values["threads"] * n.values.get("nproc", 1)
     results = [n.output for n in nodes if n.notebook != "prepare"]
-    nodes.append(Node("figures", "figures", {}, {"folder": folder, "out": f"{folder}/figures"}, results, f"{folder}/figures/figures.json", folder, False))
-    nodes.append(Node("report", "report", {}, {"folder": folder, "out": f"{folder}/report.html"}, results + [f"{folder}/figures/figures.json"], f"{folder}/report.html", folder, False))
+    nodes.append(Node("figures", "figures", {}, {"folder": folder, "out": f"{folder}/figures"}, results, f"{folder}/figures/figures.json", folder, 1))
+    nodes.append(Node("report", "report", {}, {"folder": folder, "out": f"{folder}/report.html"}, results + [f"{folder}/figures/figures.json"], f"{folder}/report.html", folder, 1))
     return nodes, remarks
 
 # %% ../nbs/27_plan.ipynb #82452c59

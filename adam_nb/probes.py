@@ -21,6 +21,7 @@ from .config import AdamError, nearest, to_dict
 from .correspondence import correspondence, plot_errors, show_correspondence, show_example
 from .correspondence_run import MASKS, run_correspondence
 from .data import dataset
+from .device import thread_count
 from .landmarks import landmark_table, with_landmarks
 from .levels import plot_levels, run_levels
 from .locality import locality, plot_tsne, run_locality
@@ -65,13 +66,14 @@ class ProbeConfig:
     keep: bool = True                           # keep the embeddings beside the results, so that a repeated probe calls no encoder
     perplexity: float = 30.0                    # of the t-SNE map
     batch_size: int = 64                        # patches in a forward pass
+    threads: int | None = None                  # CPU threads; null: as they are
     seed: int = 0                               # choice of films, patches, jitter, warps, folds, bootstrap, t-SNE
 
     def __post_init__(self):
         for p in self.probes:
             if p not in PROBES: raise AdamError(f"There is no probe '{p}'.{nearest(p, PROBES)}")
         if not self.probes: raise AdamError(f"'probes' is empty; name at least one of {', '.join(PROBES)}.")
-        for name in ("n_images", "n_correspondence", "n_patches", "batch_size"):
+        for name in ("n_images", "n_correspondence", "n_patches", "batch_size", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1: raise AdamError(f"'{name}' is {getattr(self, name)}, but must be at least 1.")
         if not 0 < self.patch_width <= 1: raise AdamError(f"'patch_width' is {self.patch_width}, but must lie between 0 and 1: it is a share of the film's width.")
         if self.levels < 0: raise AdamError(f"'levels' is {self.levels}, but must be a level from 0 (left out).")
@@ -141,7 +143,7 @@ def run_probes(
     out, paths, start_of = Path(out_dir), {}, prefix + "_" if prefix else ""
     for probe in config.probes:
         start = time.time()
-        metrics, series, films = run_probe(probe, config, eve, records, out/"embeddings"/prefix if config.keep else None)
+        with thread_count(config.threads): metrics, series, films = run_probe(probe, config, eve, records, out/"embeddings"/prefix if config.keep else None)
         data = {"name": records.name, "hash": films.fingerprint(), "n": len(films), "split": config.split}
         res = result(probe, arm=arm, seeds={**seeds, "probe_seed": config.seed}, config=to_dict(config), data=data, metrics=metrics, n=series["n"],
                      wall_time_s=time.time() - start, series=series, task=prefix or records.name, encoder={"hash": getattr(eve, "hash", None)}, view_size=view_size(eve, config.view_size))

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['GAMMAS', 'load_trained', 'last_level', 'Sample', 'draw_sample', 'in_frame', 'box_iou', 'precision_table',
-           'run_pruning', 'prune_precision', 'plot_pruning']
+           'run_pruning', 'PruningConfig', 'prune_precision', 'plot_pruning']
 
 # %% ../nbs/22b_pruning.ipynb #dfffc23d
 import math, time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +18,16 @@ from matplotlib.figure import Figure
 
 from .checkpoint import training_state
 from .compositionality import LINES
-from .config import AdamError, build
+from .config import AdamError, build, to_dict
+from .data import dataset
 from .decomposer import check_level
+from .device import thread_count
 from .draw import Drawing
 from .feed import augment_of
 from .landmarks import with_landmarks
 from .metrics import bootstrap_ci
 from .model import Adam
+from .probes import choose
 from .pruner import keep_mask
 from .results import result, write_result
 from .schedule import PretrainConfig
@@ -156,23 +159,48 @@ def run_pruning(
     collapsed = bool(np.ptp(similarity[allowed]) < 1e-5)
     return table | {"collapsed": collapsed}, {"thresholds": list(thresholds), "level": level, "n": {"queries": len(s.film), "films": len(np.unique(s.film)), "pairs": int(allowed.sum())}}
 
+# %% ../nbs/22b_pruning.ipynb #f206d484
+@dataclass
+class PruningConfig:
+    "All parameters of measuring what the pruner removes."
+    data: str = "phantom_chest"                 # data set by name; with landmarks, the anatomy is judged too
+    data_root: str | None = None                # its folder; null: the usual place below ADAM_NB_DATA
+    data_options: dict[str, object] = field(default_factory=lambda: {"n": 200, "size": 256, "seed": 1})  # options of the data set (phantoms: how many, pixels, seed)
+    split: str | None = "test"                  # split that is used; null: all images. Never one that was trained on
+    n_images: int | None = 40                   # films, one a patient first; null: all. Pairs grow with their square
+    level: int | None = None                    # granularity level of the parts; null: the finest of the arm's last stage
+    thresholds: tuple[float, ...] = GAMMAS      # γ, cosines
+    draws: int = 4                              # parts a film
+    least_iou: float = 0.3                      # of two crops in the anatomical frame that count as the same
+    batch_size: int = 64                        # views in a forward pass
+    threads: int | None = None                  # CPU threads; null: as they are
+    seed: int = 0                               # choice of films, views, bootstrap
+
+    def __post_init__(self):
+        if not self.thresholds or not all(-1 <= t <= 1 for t in self.thresholds): raise AdamError(f"'thresholds' is {list(self.thresholds)}, but must be cosines between -1 and 1, at least one.")
+        if not 0 < self.least_iou <= 1: raise AdamError(f"'least_iou' is {self.least_iou}, but must lie above 0 and at most at 1.")
+        if self.level is not None: check_level(self.level)
+        for name in ("n_images", "draws", "batch_size", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1: raise AdamError(f"'{name}' is {getattr(self, name)}, but must be at least 1.")
+
 def prune_precision(
-    path,                               # folder of a pretraining stage, or a state file
-    records: Sequence,
+    config: PruningConfig,
+    state,                              # folder of a pretraining stage, or a state file
     out: str | Path | None = None,      # result file to write
     arm: str = "adam",
     pretrain_seed: int = 0,
-    level: int | None = None,           # default: the finest of the last stage
-    **options,                          # of `run_pruning`
+    records: Sequence | None = None,    # default: the films that the config names
 ) -> dict:
-    "The result (kind \"pruning\") of a trained state on films, preferably phantoms of another seed than those it was trained on."
-    start, (model, config) = time.time(), load_trained(path)
-    level = last_level(config) if level is None else level
-    metrics, series = run_pruning(model, augment_of(config), records, level, **options)
-    about = {"name": getattr(records, "name", "records"), "hash": records.fingerprint() if hasattr(records, "fingerprint") else None, "n": len(records)}
-    res = result("pruning", arm=arm, seeds={"pretrain_seed": pretrain_seed}, config={"level": level, "trained_threshold": config.threshold, **options}, data=about, metrics=metrics, n=series["n"], wall_time_s=time.time() - start, series=series, task=f"{about['name']}, level {level}")
+    "The result (kind \"pruning\") of a trained state on films that it has not seen."
+    start, (model, trained) = time.time(), load_trained(state)
+    if records is None: records = choose(dataset(config.data, config.data_root, config.split, **config.data_options), config.n_images, config.seed)
+    level = last_level(trained) if config.level is None else config.level
+    with thread_count(config.threads): metrics, series = run_pruning(model, augment_of(trained), records, level, config.thresholds, config.seed, config.draws, config.least_iou, config.batch_size)
+    res = result("pruning", arm=arm, seeds={"pretrain_seed": pretrain_seed, "probe_seed": config.seed}, config=to_dict(config) | {"trained_threshold": trained.threshold},
+                 data={"name": records.name, "hash": records.fingerprint(), "n": len(records), "split": config.split}, metrics=metrics, n=series["n"], wall_time_s=time.time() - start, series=series, task=f"{records.name}, level {level}")
     if out is not None: write_result(out, res)
     return res
+
 
 # %% ../nbs/22b_pruning.ipynb #4935d9dd
 def plot_pruning(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import figures, marks, probe_figures, transfer
+from . import ablations, figures, marks, probe_figures, transfer
 from .config import digest
 from .figures import Planned, few_shot_points, figure_plan, numbers
 from .page import Album, Raw, cell_html, escape, gap, inline_svg, page_html, table_html
@@ -21,7 +21,7 @@ from .runs import Missing, Run, arm_name, arms_of, chain_folders, curve, inside,
 # %% ../nbs/25_report.ipynb #24a50450
 def _svg(run: Run, p: Planned) -> str:
     "A planned figure as a figure element, from the run's `figures/.inline` where that is up to date; the sentence of `Missing` in its place."
-    files = [run.folder/r["_path"] for r in run.results if p.kind in ("", r["kind"])] + [run.folder/"plan.json"] + [Path(m.__file__) for m in (figures, marks, probe_figures, transfer)]
+    files = [run.folder/r["_path"] for r in run.results if p.kind in ("", r["kind"])] + [run.folder/"plan.json"] + [Path(m.__file__) for m in (ablations, figures, marks, probe_figures, transfer)]
     if p.kind == "pretrain": files += sorted(run.folder.glob("*/*/*/log.jsonl"))
     key = digest([p.name, p.title, *((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())])
     kept = run.folder/"figures"/".inline"/f"{p.name}.html"
@@ -32,7 +32,9 @@ def _svg(run: Run, p: Planned) -> str:
     text = f'<!--{key}--><figure>{inline_svg(fig, p.name, f"{p.title}. {p.about}")}<figcaption>{caption}</figcaption></figure>'
     with contextlib.suppress(OSError):          # a read-only folder costs time, nothing else
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(text, encoding="utf-8")
+        part = kept.with_suffix(f".{os.getpid()}.tmp")      # nodes that end at once may both draw
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, kept)
     return text
 
 def _first_sentence(text: str) -> str:
@@ -142,7 +144,19 @@ def _cutting(run: Run, album: Album) -> str:
     found = {a: 100 * v for a in arms if math.isfinite(v := _tail(run, a, "val_accuracy"))}
     if found: sentences.append("With no key pruned, the validation films' positive is at the end the most similar of all candidates, in % of cases: " + _listed(f"{arm_name(a)} {v:.0f}" for a, v in found.items()) + " (at different levels these are different tasks).")
     stage_pictures = "".join(album.picture(str(Path(r["_path"]).parent/name), f"{title} ({Path(r['_path']).parent})") for r in run.results if r["kind"] == "pretrain" and r["seeds"].get("pretrain_seed") in (None, *seeds_of(run)[:1]) for title, name in (r.get("pictures") or {}).items())
-    return _says(*sentences) + f'<div>{shown}</div>' + (f'<div>{stage_pictures}</div>' if stage_pictures else "") + _figures(run, "pruning")
+    return _says(*sentences) + f'<div>{shown}</div>' + (f'<div>{stage_pictures}</div>' if stage_pictures else "") + _figures(run, "pruning") + _pruned(run)
+
+def _pruned(run: Run) -> str:
+    "What a threshold really prunes, where the run asks for it."
+    found = {k: r["metrics"] for k, r in probe_results(run, "pruning").items() if not r["metrics"].get("collapsed")}
+    if not found: return _figures(run, "pruned_structures") if any(n["notebook"] == "pruning" for n in run.nodes) else ""
+    said = []
+    for arm in dict.fromkeys(a for a, _ in found):
+        mine = [m for (a, _), m in found.items() if a == arm]
+        same = "anatomy" if "anatomy" in mine[0]["base"] else "part"
+        right = [m["0.80"][f"{same}_precision"] for m in mine if m.get("0.80") and m["0.80"][f"{same}_precision"] is not None]
+        if right: said.append(f"{arm_name(arm)}: {100*np.mean(right):.0f} % (of all pairs {100*np.mean([m['base'][same] for m in mine]):.0f} %)")
+    return _says(*[f"Of the pairs above the threshold 0.80 so many show the same {same}: " + "; ".join(said) + "."][:bool(said)]) + _figures(run, "pruned_structures")
 
 # %% ../nbs/25_report.ipynb #71e13a79
 def _loss(run: Run, album: Album) -> str:

@@ -142,7 +142,7 @@ def probe_prefix(result: dict) -> str:
 
 def probe_results(
     run: Run,
-    kind: str,                     # locality, compositionality, correspondence
+    kind: str,                     # locality, compositionality, correspondence, pruning
     prefix: str | None = None,     # a probe's name in the preset; default: the first that has results
 ) -> dict[tuple[str, int], dict]:
     "The results of one probe kind by (arm, pretraining seed)."
@@ -239,6 +239,11 @@ def _invented_downstream(write, arm: str, a: int, seed: int, data: str, rng):
         {"kind": kind, "patient_a": "p1", "patient_b": "p2", "image_a": _invented_picture(0), "image_b": _invented_picture(1), "matches": [(i, j, min(i + 1, 15), j) for i, j in cells], "similarity": [0.9] * len(cells),
          "mutual": [bool(i % 4) for i, _ in cells], "grid_a": (16, 16), "grid_b": (16, 16), "threshold": 0.8} for kind in ("warp", "patients")]}, n={"films": 20, "patients": 20, "cells": 4000, "landmarks": 200})
 
+def _invented_pruning(write, arm: str, a: int, seed: int, data: str):
+    "What the pruner of one invented arm removes."
+    at = lambda g: {"pruned": (v := max(0.0, 0.5 - 0.5*g)), "pruned_low": v*.8, "pruned_high": v*1.2, "pruned_pairs": int(25000*v), **{f"{d}_{k}": x for d, base in (("part", .06), ("anatomy", .1)) for k, x in (("precision", base + 0.1*a*g), ("precision_low", base), ("precision_high", base + 0.12*a*g), ("recall", 0.9 - 0.8*g))}}
+    write("probe_pruning.json", "pruning", arm, seed, {f"{g:.2f}": at(g) for g in (0.6, 0.8, 0.9)} | {"base": {"part": .06, "anatomy": .1}, "collapsed": False}, {"thresholds": [0.6, 0.8, 0.9], "level": 4}, task=f"{data}, level 4", n={"queries": 160, "films": 40, "pairs": 25000})
+
 def _invented_picture(shift: int) -> str:
     "A small base64 PNG: a bright ellipse on a dark ground."
     import base64, io
@@ -284,6 +289,9 @@ def invented_run(
             for kind, name in (("segment", "scr"), ("classify", "findings"), ("probes", "probe_correspondence")):
                 nodes.append({"name": f"{kind}.{arm}.seed{seed}.{name.split('_')[0]}", "notebook": kind, "values": {}, "wiring": after | ({"folder": f"{base}/{arm}/seed{seed}", "prefix": "probe"} if kind == "probes" else {"out": f"{base}/{arm}/seed{seed}/{name}.json"}), "inputs": [], "output": f"{base}/{arm}/seed{seed}/{name}.json", "folder": base})
             _invented_downstream(lambda path, *args, **kw: write(f"{arm}/seed{seed}/{path}", *args, **kw), arm, a, seed, data, rng)
+            if before is not None:
+                nodes.append({"name": f"pruning.{arm}.seed{seed}.probe", "notebook": "pruning", "values": {}, "wiring": {"arm": arm, "state": f"{base}/{before}", "pretrain_seed": seed, "out": f"{base}/{arm}/seed{seed}/probe_pruning.json"}, "inputs": [], "output": f"{base}/{arm}/seed{seed}/probe_pruning.json", "folder": base})
+                _invented_pruning(lambda path, *args, **kw: write(f"{arm}/seed{seed}/{path}", *args, **kw), arm, a, seed, data)
     nodes += [{"name": k, "notebook": k, "values": {}, "wiring": {"folder": base}, "inputs": [], "output": f"{base}/{k}.html", "folder": base} for k in ("figures", "report")]
     write_json(folder/"plan.json", {"nodes": nodes})
     return folder

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .config import AdamError, to_dict
-from .device import pick_device, pick_precision
+from .device import pick_device, pick_precision, thread_count
 from .draw import colour, new_figure
-from .finetune import Arrays, fit, load_arrays, mean_and_std, predict, seeded, start_encoder, thin, thread_count, to_square
+from .finetune import Arrays, fit, load_arrays, mean_and_std, predict, seeded, start_encoder, thin, to_square
 from .metrics import counts, dice_of, overlap_scores
 from .model import BACKBONES, Encoder, create_encoder, match_channels
 from .predictions import code_of, finished_run, mask_counts, predictions_folder, run_key, save_run, save_truth

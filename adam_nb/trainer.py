@@ -19,6 +19,7 @@ from . import ranks
 from .checkpoint import Log, checkpoint_path, keep_newest, load_state, locked, newest_state, read_log, save_state
 from .config import AdamError, build, override, read_yaml, to_dict, tqdm
 from .curves import Board, LiveCurves, in_notebook, plot_log
+from .device import thread_count
 from .encoders import load_encoder
 from .feed import forewarnings, open_cache, stage_loader, workers_may_die
 from .loop import Run, Timer, diverged, log_steps, machine, make_optimizer, read_pending, restore, show_table, snapshot, update, validate, warn
@@ -206,10 +207,7 @@ def pretrain(
                 ranks.first(lambda: all(p.is_file() for p in artefacts(out)) or export(config, found[1], out, arm))
                 if progress: print(f"{out} is finished ({found[1]['global_step']} updates); nothing to do.")
             else:
-                threads = torch.get_num_threads()
-                if config.threads: torch.set_num_threads(config.threads)
-                try: _train(config, out, only, start, digest_, found and found[1], progress, arm, on_step)
-                finally: torch.set_num_threads(threads)
+                with thread_count(config.threads): _train(config, out, only, start, digest_, found and found[1], progress, arm, on_step)
             return _result(out, ranks.first(lambda: read_json(out/"pretrain.json")["metrics"]))
 
 def _lock(out: Path):

@@ -99,7 +99,7 @@ class Explorer:
     "A notebook that has been run in the browser, and the pictures of its explorer."
     def __init__(self, lab, name: str, pictures: bool = True):
         browser, address, token, self.folder = lab
-        self.name, self.errors, self.times = name, [], []
+        self.name, self.errors, self.times = name, [], {"sliders and clicks": [], "other controls": []}
         self.page = browser.new_page(viewport={"width": 1500, "height": 1500})
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         self.page.on("pageerror", lambda e: self.errors.append(str(e)))
@@ -114,27 +114,29 @@ class Explorer:
         self.page.wait_for_function("(() => { const i = document.querySelectorAll('.adam-explorer img'); return i.length && Array.from(i).every(x => x.naturalWidth > 50) })()", timeout=60_000)
         self.opened = time.perf_counter() - start
 
-    def changes(self, move, *which: int) -> float:
-        "Seconds from a move to other pictures of the numbers `which` (none: of all); fails when one stays."
+    def changes(self, move, *which: int):
+        "Times the way from a move to other pictures of the numbers `which` (none: of all); fails when one stays."
         before, start = self.page.evaluate(SRC), time.perf_counter()
         move()
         which = which or range(len(before))
         self.page.wait_for_function(f"([old, which]) => {{ const now = {SRC}; return which.every(i => now[i] !== old[i]) }}", arg=[before, list(which)], timeout=60_000)
-        self.times.append(time.perf_counter() - start)
-        return self.times[-1]
+        self.times["sliders and clicks" if getattr(move, "quick", False) else "other controls"].append(time.perf_counter() - start)
     def press(self, key: str, slider: int = 0, times: int = 1):
         "A key, on a slider's handle."
         handle = self.page.locator(".adam-explorer .noUi-handle").nth(slider)
         def act():
             handle.focus()
             for _ in range(times): self.page.keyboard.press(key)
+        act.quick = True
         return act
     def click(self, cell: int, pad: int = 0):
         "A click with the mouse on a cell of a picture, where a person would click."
         button = self.page.locator(".adam-explorer .adam-cells").nth(pad).locator("button").nth(cell)
         button.scroll_into_view_if_needed()
         box = button.bounding_box()
-        return lambda: self.page.mouse.click(box["x"] + box["width"]/2, box["y"] + box["height"]/2)
+        def act(): self.page.mouse.click(box["x"] + box["width"]/2, box["y"] + box["height"]/2)
+        act.quick = True
+        return act
     def cells(self, pad: int = 0) -> int: return self.page.locator(".adam-explorer .adam-cells").nth(pad).locator("button").count()
     def choose(self, label: str, value: str):
         "An option of a drop-down list."
@@ -164,8 +166,10 @@ class Explorer:
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         self.page.mouse.move(5, 5)
         self.page.locator(".adam-explorer").first.screenshot(path=SCREENSHOTS/f"{self.name}.png")
-        sizes, ms = self.page.evaluate(BYTES), np.array(self.times)*1000
-        print(f"\n{self.name}: opened in {self.opened:.1f} s; {len(ms)} moves, median {np.median(ms):.0f} ms, p95 {np.percentile(ms, 95):.0f} ms; pictures of {', '.join(f'{s/1000:.0f}' for s in sizes)} kB")
+        sizes, said = self.page.evaluate(BYTES), [f"opened in {self.opened:.1f} s"]
+        for kind, seconds in self.times.items():
+            if seconds: said.append(f"{kind}: {len(seconds)} moves, median {1000*np.median(seconds):.0f} ms, p95 {1000*np.percentile(seconds, 95):.0f} ms")
+        print(f"\n{self.name}: {'; '.join(said)}; pictures of {', '.join(f'{s/1000:.0f}' for s in sizes)} kB")
         assert max(sizes) <= 300_000, sizes
         mine = [e for e in self.errors if "favicon" not in e]
         assert not mine, mine

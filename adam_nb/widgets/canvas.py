@@ -130,12 +130,23 @@ class Chart:
         self.figure = Figure(figsize=(width/100, height/100), dpi=100, facecolor="white")
         self.canvas, each = FigureCanvasAgg(self.figure), (height - top - bottom - gap*(panels - 1))/panels
         self.axes = [self.figure.add_axes((left/width, 1 - (top + (i + 1)*each + i*gap)/height, (width - left - right)/width, each/height)) for i in range(panels)]
-    def picture(self, draw) -> Image.Image:
-        "What `draw(axes, …)` draws on the cleared axes."
-        for ax in self.axes: ax.clear()
-        draw(*self.axes)
-        for ax in self.axes: ax.spines[["top", "right"]].set_visible(False)
-        self.canvas.draw()
+        self._key = self._ground = None
+    def picture(self,
+        draw,            # called with the cleared axes
+        over=None,       # called with the axes; the artists that it returns are drawn upon the rest, and taken away again
+        key=None,        # while it stays the same, what `draw` has drawn stays too
+    ) -> Image.Image:
+        "The chart as it now is. Ticks and labels cost most, and a slider that moves a line need not draw them anew."
+        if key is None or key != self._key:
+            for ax in self.axes: ax.clear()
+            draw(*self.axes)
+            for ax in self.axes: ax.spines[["top", "right"]].set_visible(False)
+            self.canvas.draw()
+            self._key, self._ground = key, self.canvas.copy_from_bbox(self.figure.bbox)
+        else: self.canvas.restore_region(self._ground)
+        for artist in over(*self.axes) if over else ():
+            artist.axes.draw_artist(artist)
+            artist.remove()
         return Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3])
 
 # %% ../../nbs/26a_widgets.canvas.ipynb #e9e80076

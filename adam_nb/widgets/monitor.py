@@ -151,29 +151,37 @@ def _averaged(y: np.ndarray, lines: int) -> np.ndarray:
     total, count = (np.cumsum(np.r_[np.zeros(lines), v]) for v in (np.where(ok, y, 0), ok.astype(float)))
     return np.where(count[lines:] > count[:-lines], (total[lines:] - total[:-lines])/np.maximum(count[lines:] - count[:-lines], 1), np.nan)
 
-def _draw(self, *axes):
-    "The four panels on their axes."
-    rows, seen = [e for e in self.events if e["event"] == "step"], [e for e in self.events if e["event"] == "validation" and _number(e.get("global_step"))]
-    x = _column(rows, "global_step")
-    y = lambda name: _averaged(_column(rows, name), self.smooth)
-    loss, kept, cosine, speed = axes
-    mark = dict(marker=".", markersize=4) if len(rows) < 60 else {}
+_CURVES = (("loss", "training", PALETTE[4]), ("kept_fraction", "", PALETTE[2]), ("positive", "positive", PALETTE[4]), ("negative_mean", "kept negatives", PALETTE[5]), ("images_per_s", "", PALETTE[6]))
+_AXIS = (0, 1, 2, 2, 3)      # which panel each curve is in
+
+def _ground(self, rows: list[dict], *axes):
+    "The four panels without the curves, with room for them."
+    seen = [e for e in self.events if e["event"] == "validation" and _number(e.get("global_step"))]
+    x, (loss, kept, cosine, speed) = _column(rows, "global_step"), axes
     loss.plot(x, _column(rows, "chance"), color="0.5", linestyle="--", linewidth=1, label="chance")
-    loss.plot(x, y("loss"), color=PALETTE[4], label="training", **mark)
+    for (name, label, ink), k in zip(_CURVES, _AXIS):
+        axes[k].plot(x, _column(rows, name), linestyle="none")             # for the limits alone
+        if label: axes[k].plot([], [], color=ink, label=label)
     if seen: loss.plot(_column(seen, "global_step"), _column(seen, "loss"), "o", markersize=4, color=PALETTE[5], label="validation, not pruned")
-    kept.plot(x, y("kept_fraction"), color=PALETTE[2], **mark)
-    cosine.plot(x, y("positive"), color=PALETTE[4], label="positive", **mark); cosine.plot(x, y("negative_mean"), color=PALETTE[5], label="kept negatives", **mark)
-    speed.plot(x, y("images_per_s"), color=PALETTE[6], **mark)
     for e in self.events:
         if e["event"] != "stage_start" or not _number(e.get("global_step")): continue
         for ax in axes: ax.axvline(e["global_step"], color="0.6", linewidth=0.8, zorder=0)
         if e.get("levels"): loss.annotate(level_name(e["levels"]), (e["global_step"], 1), xycoords=("data", "axes fraction"), xytext=(3, 2), textcoords="offset points", fontsize=9, color="0.35")
     loss.set_ylabel("InfoNCE (nats)"); kept.set_ylabel("kept (share)"); cosine.set_ylabel("cosine"); speed.set_ylabel("images/s"); speed.set_xlabel("update")
     kept.set_ylim(-.05, 1.05)
-    fast = np.nan_to_num(y("images_per_s")).max(initial=0)
-    speed.set_ylim(0, 1.15*fast or 1)
-    for ax in axes: ax.tick_params(labelbottom=ax is speed, labelsize=9)
+    speed.set_ylim(0, 1.15*np.nan_to_num(_column(rows, "images_per_s")).max(initial=0) or 1)
+    span = (np.nanmin(x), np.nanmax(x)) if len(x) else (0, 1)
+    room = max(span[1] - span[0], 1)*.03
+    for ax in axes:
+        ax.set_xlim(span[0] - room, span[1] + room)
+        ax.tick_params(labelbottom=ax is speed, labelsize=9)
+        ax.autoscale(False)
     for ax in (loss, cosine): ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+
+def _over(self, rows: list[dict], *axes) -> list:
+    "The curves, averaged as the slider says."
+    x, mark = _column(rows, "global_step"), dict(marker=".", markersize=4) if len(rows) < 60 else {}
+    return [axes[k].plot(x, _averaged(_column(rows, name), self.smooth), color=ink, **mark)[0] for (name, _, ink), k in zip(_CURVES, _AXIS)]
 
 def _words(self) -> str:
     p, f = self.progress, self.follower
@@ -190,7 +198,9 @@ def _words(self) -> str:
 def _pictures(self) -> list:
     if self._chart is None: self._chart = Chart(920, 520, (64, 170, 26, 44), panels=4)
     self._said = _words(self)
-    return [stack(caption(self._said, 920), self._chart.picture(lambda *axes: _draw(self, *axes)))]
+    rows = [e for e in self.events if e["event"] == "step"]
+    picture = self._chart.picture(lambda *axes: _ground(self, rows, *axes), lambda *axes: _over(self, rows, *axes), key=(id(self.follower), len(self.events), len(rows)))
+    return [stack(caption(self._said, 920), picture)]
 
 def _start(self):
     "Look again every few seconds, in the kernel's own loop; between two looks the kernel is free."

@@ -181,20 +181,22 @@ def _histogram(self) -> Image.Image:
     similarity, pruned, r = self.similarity.numpy(), self.pruned.numpy(), self.report
     groups = [(name, ink, (pruned == p) & (self.same == s)) for (p, s), (name, ink, _) in VERDICTS.items()][::-1] if self.same is not None else [(name, ink, pruned == p) for p, (name, ink, _) in UNKNOWN.items()][::-1]
     edges = np.linspace(min(-0.2, float(similarity.min())), 1, 61)
-    def draw(ax):
-        base = np.zeros(60)
+    highest = int(np.histogram(similarity, edges)[0].max())
+    def ground(ax): ax.set(xlabel="cosine similarity to the anchor", ylabel="parts", xlim=(edges[0], 1), ylim=(0, 1.05*highest))
+    def over(ax):
+        base, made = np.zeros(60), []
         for name, ink, some in groups:
             top = base + np.histogram(similarity[some], edges)[0]
-            ax.stairs(top, edges, baseline=base, fill=True, color=ink, label=f"{name}: {int(some.sum())}")
+            made.append(ax.stairs(top, edges, baseline=base, fill=True, color=ink, label=f"{name}: {int(some.sum())}"))
             base = top
-        ax.axvline(self.threshold, color="black", linestyle="--", linewidth=1.4)
-        ax.annotate(f"γ = {self.threshold:.2f}", (self.threshold, 1), xycoords=("data", "axes fraction"), xytext=(4 if self.threshold < .85 else -4, -10), textcoords="offset points", ha="left" if self.threshold < .85 else "right", fontsize=9)
-        ax.set(xlabel="cosine similarity to the anchor", ylabel="parts", xlim=(edges[0], 1))
-        ax.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+        left = self.threshold < .85
+        return [*made, ax.axvline(self.threshold, color="black", linestyle="--", linewidth=1.4),
+                ax.annotate(f"γ = {self.threshold:.2f}", (self.threshold, 1), xycoords=("data", "axes fraction"), xytext=(4 if left else -4, -10), textcoords="offset points", ha="left" if left else "right", fontsize=9),
+                ax.legend(handles=made, frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)]
     words = f"{self.parts.name(self.anchor)}, of {self.bank}: {r['others']:,} parts may be negatives, {r['pruned']:,} are pruned, {r['kept']:,} kept. Loss {r['loss']:.2f}, without the pruner {r['loss_without']:.2f}."
     if self.same is not None: words += f"\n{r['same']:,} show the same {self.truth}; of those {r['right']:,} are pruned. {r['pruned'] - r['right']:,} of the pruned show another."
     if not hasattr(self, "_chart"): self._chart = Chart(940, 180, (64, 190, 14, 46))
-    return stack(self._chart.picture(draw), caption(words, 940))
+    return stack(self._chart.picture(ground, over, key=(edges[0], highest)), caption(words, 940))
 
 def _pictures(self) -> list: return [_film_picture(self), _thumbnails(self), _histogram(self)]
 
