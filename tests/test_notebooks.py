@@ -1,5 +1,5 @@
 """Every notebook's inline tests, one counted test per notebook, in this process."""
-import os
+import os, re
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,14 @@ LESSONS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in 
 FLAGS = os.environ.get("ADAM_NB_TEST_FLAGS", "").split()
 
 
+def mark(path):
+    "A notebook with cells of the flags that were asked for counts as slow."
+    flagged = re.search(rf'"#\| ?({"|".join(FLAGS)})\b', path.read_text(encoding="utf-8")) if FLAGS else None
+    return pytest.param(path, marks=[pytest.mark.slow] if flagged else [])
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("path", LESSONS, ids=lambda p: str(p.relative_to(NBS)))
+@pytest.mark.parametrize("path", [mark(p) for p in LESSONS], ids=lambda p: str(p.relative_to(NBS)))
 def test_notebook(path, monkeypatch):
     monkeypatch.chdir(path.parent)
     skip = set(get_config().tst_flags.split()) - set(FLAGS)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from adam_nb.classify import ClassifyConfig, finetune_classifier
-from adam_nb.finetune import load_arrays, thread_count
+from adam_nb.device import thread_count
+from adam_nb.finetune import load_arrays
 from adam_nb.segment import SegmentConfig, finetune_segmenter
 from adam_nb.tasks import few_shot, task
 
