@@ -17,9 +17,9 @@ demo: .venv/.ready
 test: .venv/.ready
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# What is slow, or measures time, has the machine for itself.
-test-all: test
-	ADAM_NB_TEST_FLAGS="slow data" .venv/bin/python -m pytest -m slow
+# What is marked slow has the machine for itself.
+test-all: .venv/.ready
+	@status=0; $(MAKE) test || status=1; ADAM_NB_TEST_FLAGS="slow data" .venv/bin/python -m pytest -m slow || status=1; exit $$status
 
 lab: .venv/.ready
 	.venv/bin/jupyter lab --notebook-dir=nbs

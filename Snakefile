@@ -19,6 +19,8 @@ for node in nodes:
         log: notebook=node.executed
         # A node takes the threads that its parameters name, else the whole machine; two that take all would fight for it.
         threads: node.cores or workflow.cores
+        # `adam_nb run` allows as many at once as this machine has memory for.
+        resources: at_once=1
         # The interpreter is no parameter: called by another name it must not rerun anything.
         params: name=node.name, plan=str(plan_path)
         shell: "{sys.executable:q} -m adam_nb.pipeline node {params.plan:q} {params.name:q}"

@@ -102,16 +102,20 @@ def _over_seeds(rows: list[list]) -> tuple[np.ndarray, np.ndarray]:
     "Mean over the seeds that have a value, and how far the lowest and the highest lie from it, (2, n); NaN where no seed has one."
     y = np.ma.masked_invalid(np.array([[np.nan if v is None else 100*v for v in r] for r in rows], dtype=float))
     mean = y.mean(0)
-    return np.ma.filled(mean, np.nan), np.ma.filled(np.ma.stack([mean - y.min(0), y.max(0) - mean]), 0)
+    return np.ma.filled(mean, np.nan), np.ma.filled(np.ma.stack([mean - y.min(0), y.max(0) - mean]), 0).clip(0)       # equal values may lie a rounding error apart
 
 @from_run
 def pruned_structures(run, used, prefix: str | None = None):
     "What a threshold removes from the negatives, how much of that shows the anchor's own structure (dotted: of all pairs), and how much of the own structure it finds. Means over pretraining seeds; bars reach from the lowest to the highest."
-    found = {k: r for k, r in probe_results(run, "pruning", prefix).items() if not r["metrics"].get("collapsed")}
-    if not found: raise Missing(f"There is no measurement of what is pruned. {waiting(run, 'pruning')}")
+    every = probe_results(run, "pruning", prefix)
+    if not every: raise Missing(f"There is no measurement of what is pruned. {waiting(run, 'pruning')}")
+    found = {k: r for k, r in every.items() if not r["metrics"].get("collapsed")}
+    if not found: raise Missing("Every arm has collapsed: all pairs have the same cosine, and a threshold prunes all or none.")
     used += found.values()
     same = "anatomy" if all("anatomy" in r["metrics"]["base"] for r in found.values()) else "part"
     arms = [a for a in arms_of(run) if any(a == arm for arm, _ in found)]
+    levels = {a: sorted({r["series"]["level"] for (arm, _), r in found.items() if arm == a}) for a in arms}
+    differ = len({n for v in levels.values() for n in v}) > 1           # then they are not to be compared, and each says its own
     fig, axes = new_panels(3, width=4.6)
     for i, arm in enumerate(arms):
         mine, (colour, marker) = [r["metrics"] for (a, _), r in found.items() if a == arm], arm_style(arm, arms)
@@ -119,11 +123,12 @@ def pruned_structures(run, used, prefix: str | None = None):
         x = np.array([float(g) for g in gammas]) + 0.004*(i - (len(arms) - 1)/2)
         for ax, name in zip(axes, ("pruned", f"{same}_precision", f"{same}_recall")):
             mean, reach = _over_seeds([[m[g].get(name) if g in m else None for g in gammas] for m in mine])
-            ax.errorbar(x, mean, reach, color=colour, marker=marker, capsize=2, label=arm_name(arm))
+            ax.errorbar(x, mean, reach, color=colour, marker=marker, capsize=2, label=arm_name(arm) + (f", level {', '.join(map(str, levels[arm]))}" if differ else ""))
         axes[1].axhline(100*np.mean([m["base"][same] for m in mine]), color=colour, linestyle=":", linewidth=1.3)
     axes[0].set_ylabel("pairs pruned (%)"); axes[1].set_ylabel(f"of the pruned: same {same} (%)"); axes[2].set_ylabel(f"of the same {same}: pruned (%)")
     for ax in axes: ax.set_xlabel("threshold γ (cosine)"); ax.set_ylim(-2, 103)
     one = next(iter(found.values()))
-    note(fig, f"{one['task']}: n = {one['n']['queries']} anchors of {one['n']['films']} films; {len({s for _, s in found})} pretraining seeds")
+    seeds, gone = len({s for _, s in found}), [arm_name(a) for a in arms_of(run) if a not in arms and any(a == arm for arm, _ in every)]
+    note(fig, f"{one['data']['name'] if differ else one['task']}: n = {one['n']['queries']} anchors of {one['n']['films']} films; {seeds} pretraining seed{'s'[:seeds != 1]}" + (f"; collapsed and left out: {', '.join(gone)}" if gone else ""))
     legend_below(fig, axes[0])
     return fig

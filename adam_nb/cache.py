@@ -322,7 +322,7 @@ def _judge_broken(broken: list[dict], n: int, on_bad: str):
     if not broken: return
     said = [b["why"] for b in broken[:10]] + [f"… and {len(broken) - 10} more"][:len(broken) > 10]
     if on_bad == "error" or len(broken) == n:
-        remedy = "mend or remove them (adam_nb check NAME ROOT --full names all), or set on_bad: skip." if len(broken) < n else "no image is left."
+        remedy = "mend or remove them (the JSON report of adam_nb check NAME ROOT --full names all), or set on_bad: skip." if len(broken) < n else "no image is left."
         raise AdamError(f"{len(broken)} of {n} images are broken: {' | '.join(said)} — {remedy}")
     print(f"{len(broken)} of {n} images are left out; the cache's manifest.json lists them:", *(f"  {s}" for s in said), sep="\n", file=sys.stderr)
 

@@ -97,7 +97,7 @@ class _Labelled:
     "A stream in which every redrawn line begins with a label."
     def __init__(self, stream, label: str): self.stream, self.label = stream, label
     def write(self, text: str):
-        text = re.sub(r"\r( +)\r", lambda m: f"\r{m[1]}{' '*len(self.label)} \r", text)      # what wipes a line wipes the label too
+        text = re.sub(r"\r( +)(?=\r|$)", lambda m: f"\r{m[1]}{' '*len(self.label)} ", text)      # what wipes a line wipes the label too
         self.stream.write(re.sub(r"\r(?=[^\s])", f"\r{self.label} ", text))
     def flush(self): self.stream.flush()
 
@@ -155,24 +155,25 @@ def refresh_report(
     if first: print(f"    first picture: {path}", file=sys.stderr, flush=True)
 
 # %% ../nbs/28_pipeline.ipynb #230f3834
+def _at_once() -> int:
+    "How many nodes there is memory for, 1.5 GB each."
+    import psutil
+    return max(1, int(psutil.virtual_memory().available/1.5e9))
+
 def _engine(plan_path: Path, cores: int, extra: list[str]) -> int:
     "Run Snakemake on a plan, without its own commentary; returns its exit code."
     root = project_root()
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root/"Snakefile"), "--directory", str(root), "--cores", str(cores),
+               *([] if any(e.startswith("--executor") for e in extra) else ["--resources", f"at_once={_at_once()}"]),       # elsewhere, other machines' memory counts
                "--config", f"plan={plan_path}", "--quiet", "all", *extra]
     return subprocess.run(command, cwd=root).returncode
 
 # %% ../nbs/28_pipeline.ipynb #91089e5d
-def _spare_cores() -> int:
-    "As many nodes as may run at once: one a core, and no more than there is memory for, 1.5 GB each."
-    import psutil
-    return max(1, min(os.cpu_count() or 1, int(psutil.virtual_memory().available/1.5e9)))
-
 def run(
     preset: str,                       # a folder below params/
     overrides: list[str] = (),         # key=value
     name: str | None = None,           # output folder below outputs/, needed with overrides
-    cores: int | None = None,          # default: all, with 1.5 GB of free memory for each
+    cores: int | None = None,          # default: all
     engine: list[str] = (),            # passed on to Snakemake, e.g. ["--executor", "slurm"]
 ) -> Path:
     "Run all of a preset that is not up to date; returns the report's path. `AdamError` when a node fails."
@@ -184,7 +185,7 @@ def run(
     path, remarks = write_plan(preset, overrides, name, planned)
     nodes = read_plan(path)
     for r in remarks: print(r, file=sys.stderr)
-    code = _engine(path, cores or _spare_cores(), ["--rerun-incomplete", *engine])
+    code = _engine(path, cores or os.cpu_count() or 1, ["--rerun-incomplete", *engine])
     if code: raise AdamError(f"The run stopped (see above). What was computed stays; the same command goes on from there. Executed notebooks: {nodes[0].folder}/notebooks")
     return root/nodes[-1].output
 
@@ -284,7 +285,7 @@ def parser() -> argparse.ArgumentParser:
     sub = p.add_subparsers(required=True, metavar="COMMAND")
     r = sub.add_parser("run", help="run a preset from images to report; what is up to date stays")
     r.add_argument("preset"); r.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. segment.steps=30 name=mine")
-    r.add_argument("--cores", type=int, help="default: all, with 1.5 GB of free memory for each"); r.add_argument("--engine", default="", help="more options for Snakemake, as one string")
+    r.add_argument("--cores", type=int, help="default: all"); r.add_argument("--engine", default="", help="more options for Snakemake, as one string")
     r.set_defaults(do=_cmd_run)
     sub.add_parser("presets", help="list the presets").set_defaults(do=_cmd_presets)
     sub.add_parser("unlock", help="remove the lock that a killed run has left").set_defaults(do=_cmd_unlock)

@@ -29,7 +29,7 @@ class Preset:
     probes: dict[str, dict] = field(default_factory=dict)        # name -> overrides of probes.yaml; the name is the results' file prefix
     pruning: dict[str, dict] = field(default_factory=dict)       # the like for pruning.yaml, of every arm that is trained by contrast
     needs: list[str] = field(default_factory=list)               # folders below ADAM_NB_DATA without which the preset cannot run
-    optional: dict[str, str] = field(default_factory=dict)       # task or probe -> folder below ADAM_NB_DATA; when it is absent, the task stays in the tables as "no data" and the probe is left out
+    optional: dict[str, str] = field(default_factory=dict)       # task, probe or pruning -> folder below ADAM_NB_DATA; when it is absent, the task stays in the tables as "no data" and the other two are left out
 
 # %% ../nbs/27_plan.ipynb #d24e7ced
 CONFIGS = {  # run notebook -> the config that it fills; pretraining and downstream share `arm` and seeds by wiring
@@ -79,6 +79,7 @@ def read_preset(
         if path.stem not in CONFIGS: raise AdamError(f"{path}: no run notebook is called '{path.stem}'.{nearest(path.stem, CONFIGS)}")
         values[path.stem] = read_yaml(path)
     known = {"preset": {f.name for f in dataclasses.fields(Preset)}} | {k: _fields(k) for k in values if k != "preset"}
+    touched = set()
     for pair in overrides:
         key, eq, _ = pair.partition("=")
         if not eq: raise AdamError(f"'{pair}' is not of the form key=value.")
@@ -94,7 +95,10 @@ def read_preset(
         for k in homes:
             if instead := _IN_PRESET.get(f"{k}.{top}"): raise AdamError(f"'{pair}' would have no effect: the preset itself says it, for example {instead}.")
             values[k] = override(values[k], [inside])
+            touched.add(k)
     preset = build(Preset, values.pop("preset"), str(folder/"preset.yaml"))
+    for k in touched & {"segment", "classify", "probes", "pruning"}:
+        if not getattr(preset, k) and not (k == "classify" and any("supervised" in a for a in preset.arms.values())): raise AdamError(f"Preset {name} has no {k} node, so the values of {k}.yaml have no effect; ask for one, for example {k}={{phantom: {{}}}}.")
     for k, v in values.items(): build(config_class(k), v, str(folder/f"{k}.yaml"))
     return preset, values
 
@@ -164,7 +168,7 @@ class Node:
     inputs: list[str]            # files that must exist before
     output: str                  # the file that is written last
     folder: str                  # the run's output folder
-    cores: int | None = None     # that it takes; None: all
+    cores: int | None = None     # that it computes on; None: all. Workers that prepare its views come on top, and are idle most of the time
     key: str = ""                # pretraining: digest of all that decides the state after this stage
     @property
     def params(self) -> str: return f"{self.folder}/params/{self.name}.yaml"

@@ -143,10 +143,11 @@ def run_probes(
     out, paths, start_of = Path(out_dir), {}, prefix + "_" if prefix else ""
     for probe in config.probes:
         start = time.time()
-        with thread_count(config.threads): metrics, series, films = run_probe(probe, config, eve, records, out/"embeddings"/prefix if config.keep else None)
-        data = {"name": records.name, "hash": films.fingerprint(), "n": len(films), "split": config.split}
-        res = result(probe, arm=arm, seeds={**seeds, "probe_seed": config.seed}, config=to_dict(config), data=data, metrics=metrics, n=series["n"],
-                     wall_time_s=time.time() - start, series=series, task=prefix or records.name, encoder={"hash": getattr(eve, "hash", None)}, view_size=view_size(eve, config.view_size))
+        with thread_count(config.threads):
+            metrics, series, films = run_probe(probe, config, eve, records, out/"embeddings"/prefix if config.keep else None)
+            data = {"name": records.name, "hash": films.fingerprint(), "n": len(films), "split": config.split}
+            res = result(probe, arm=arm, seeds={**seeds, "probe_seed": config.seed}, config=to_dict(config), data=data, metrics=metrics, n=series["n"],
+                         wall_time_s=time.time() - start, series=series, task=prefix or records.name, encoder={"hash": getattr(eve, "hash", None)}, view_size=view_size(eve, config.view_size))
         paths[probe] = write_result(out/f"{start_of}{probe}.json", res)
         progress(f"{probe}: {headline(probe, metrics)} ({res['wall_time_s']:.0f} s)")
     return paths

@@ -29,6 +29,7 @@ from .metrics import bootstrap_ci
 from .model import Adam
 from .probes import choose
 from .pruner import keep_mask
+from .records import Records
 from .results import result, write_result
 from .schedule import PretrainConfig
 from .views import overlap, pack_id, random_views, stream
@@ -189,15 +190,17 @@ def prune_precision(
     out: str | Path | None = None,      # result file to write
     arm: str = "adam",
     pretrain_seed: int = 0,
-    records: Sequence | None = None,    # default: the films that the config names
+    records: Records | None = None,     # default: the films that the config names; with others, its `data` and `split` say nothing
 ) -> dict:
     "The result (kind \"pruning\") of a trained state on films that it has not seen."
     start, (model, trained) = time.time(), load_trained(state)
-    if records is None: records = choose(dataset(config.data, config.data_root, config.split, **config.data_options), config.n_images, config.seed)
+    given = records is not None
+    if not given: records = choose(dataset(config.data, config.data_root, config.split, **config.data_options), config.n_images, config.seed)
     level = last_level(trained) if config.level is None else config.level
-    with thread_count(config.threads): metrics, series = run_pruning(model, augment_of(trained), records, level, config.thresholds, config.seed, config.draws, config.least_iou, config.batch_size)
-    res = result("pruning", arm=arm, seeds={"pretrain_seed": pretrain_seed, "probe_seed": config.seed}, config=to_dict(config) | {"trained_threshold": trained.threshold},
-                 data={"name": records.name, "hash": records.fingerprint(), "n": len(records), "split": config.split}, metrics=metrics, n=series["n"], wall_time_s=time.time() - start, series=series, task=f"{records.name}, level {level}")
+    with thread_count(config.threads):
+        metrics, series = run_pruning(model, augment_of(trained), records, level, config.thresholds, config.seed, config.draws, config.least_iou, config.batch_size)
+        res = result("pruning", arm=arm, seeds={"pretrain_seed": pretrain_seed, "probe_seed": config.seed}, config=to_dict(config) | {"trained_threshold": trained.threshold},
+                     data={"name": records.name, "hash": records.fingerprint(), "n": len(records), "split": None if given else config.split}, metrics=metrics, n=series["n"], wall_time_s=time.time() - start, series=series, task=f"{records.name}, level {level}")
     if out is not None: write_result(out, res)
     return res
 

@@ -148,7 +148,9 @@ def _cutting(run: Run, album: Album) -> str:
 
 def _pruned(run: Run) -> str:
     "What a threshold really prunes, where the run asks for it."
-    found = {k: r["metrics"] for k, r in probe_results(run, "pruning").items() if not r["metrics"].get("collapsed")}
+    results = probe_results(run, "pruning")
+    levels = {r["series"].get("level") for r in results.values()}
+    found = {k: r["metrics"] for k, r in results.items() if not r["metrics"].get("collapsed")}
     if not found: return _figures(run, "pruned_structures") if any(n["notebook"] == "pruning" for n in run.nodes) else ""
     said = []
     for arm in dict.fromkeys(a for a, _ in found):
@@ -156,7 +158,7 @@ def _pruned(run: Run) -> str:
         same = "anatomy" if "anatomy" in mine[0]["base"] else "part"
         right = [m["0.80"][f"{same}_precision"] for m in mine if m.get("0.80") and m["0.80"][f"{same}_precision"] is not None]
         if right: said.append(f"{arm_name(arm)}: {100*np.mean(right):.0f} % (of all pairs {100*np.mean([m['base'][same] for m in mine]):.0f} %)")
-    return _says(*[f"Of the pairs above the threshold 0.80 so many show the same {same}: " + "; ".join(said) + "."][:bool(said)]) + _figures(run, "pruned_structures")
+    return _says(*[f"Of the pairs above the threshold 0.80 so many show the same {same}: " + "; ".join(said) + "." + (" They were asked at different levels, and are not to be compared." if len(levels) > 1 else "")][:bool(said)]) + _figures(run, "pruned_structures")
 
 # %% ../nbs/25_report.ipynb #71e13a79
 def _loss(run: Run, album: Album) -> str:

@@ -241,7 +241,7 @@ def _invented_downstream(write, arm: str, a: int, seed: int, data: str, rng):
 
 def _invented_pruning(write, arm: str, a: int, seed: int, data: str):
     "What the pruner of one invented arm removes."
-    at = lambda g: {"pruned": (v := max(0.0, 0.5 - 0.5*g)), "pruned_low": v*.8, "pruned_high": v*1.2, "pruned_pairs": int(25000*v), **{f"{d}_{k}": x for d, base in (("part", .06), ("anatomy", .1)) for k, x in (("precision", base + 0.1*a*g), ("precision_low", base), ("precision_high", base + 0.12*a*g), ("recall", 0.9 - 0.8*g))}}
+    at = lambda g: {"pruned": (v := max(0.0, 0.5 - 0.5*g)*(1 - .1*a - .02*seed)), "pruned_low": v*.8, "pruned_high": v*1.2, "pruned_pairs": int(25000*v), **{f"{d}_{k}": x for d, base in (("part", .06), ("anatomy", .1)) for k, x in (("precision", base + 0.1*a*g), ("precision_low", base), ("precision_high", base + 0.12*a*g), ("recall", 0.9 - 0.8*g))}}
     write("probe_pruning.json", "pruning", arm, seed, {f"{g:.2f}": at(g) for g in (0.6, 0.8, 0.9)} | {"base": {"part": .06, "anatomy": .1}, "collapsed": False}, {"thresholds": [0.6, 0.8, 0.9], "level": 4}, task=f"{data}, level 4", n={"queries": 160, "films": 40, "pairs": 25000})
 
 def _invented_picture(shift: int) -> str:

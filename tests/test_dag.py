@@ -41,7 +41,7 @@ def test_it_ends_with_a_report(first):
 
 def test_every_result_says_where_it_comes_from(first):
     results = [r for p in OUT.glob("*/seed*/**/*.json") if "kind" in (r := json.loads(p.read_text()))]      # beside them lie the cards of kept embeddings
-    assert {r["kind"] for r in results} == {"pretrain", "segment", "classify", "locality", "compositionality", "correspondence"}
+    assert {r["kind"] for r in results} == {"pretrain", "segment", "classify", "locality", "compositionality", "correspondence", "pruning"}
     for r in results:
         assert r["arm"] and r["config"] and r["versions"]["torch"] and r["data"]["hash"] and r["wall_time_s"] > 0 and "pretrain_seed" in r["seeds"], r["kind"]
 

@@ -88,18 +88,30 @@ def test_200_000_images_in_a_cache(tmp_path):
     assert large["all"] + slope(small, large)*1.0 <= 400            # a million more
 
 
-@linux
-def test_200_000_records_of_a_table(tmp_path):
+def opened_tables(tmp_path, *counts):
     found = []
-    for n in (50_000, 200_000):
+    for n in counts:
         folder = tmp_path/str(n)
         folder.mkdir()
         (folder/"table.csv").write_text("path,patient,finding\n" + "".join(f"images_{i % 12 + 1:03d}/images/{i//3:08d}_{i % 3:03d}.png,{i//3:08d},{i % 2}\n" for i in range(n)))
         found.append(in_a_process(OPEN_TABLE, folder, n))
-    small, large = found
+    return found
+
+
+@linux
+def test_200_000_records_of_a_table(tmp_path):
+    small, large = opened_tables(tmp_path, 50_000, 200_000)
     each = slope(small, large)
-    print(f"200,000 records of a table: {large['seconds']:.2f} s, {large['all']:.0f} MB resident, {each:.0f} bytes a record -> 1.2 million: {large['all'] + each:.0f} MB")
+    print(f"200,000 records of a table: {large['all']:.0f} MB resident, {each:.0f} bytes a record -> 1.2 million: {large['all'] + each:.0f} MB")
     assert large["all"] <= 300 and each < 900
+
+
+@linux
+@pytest.mark.slow
+def test_200_000_records_of_a_table_in_two_seconds(tmp_path):
+    "Where nothing else is at work: a shared core takes twice as long."
+    large, = opened_tables(tmp_path, 200_000)
+    print(f"200,000 records of a table: {large['seconds']:.2f} s")
     assert large["seconds"] <= 2
 
 

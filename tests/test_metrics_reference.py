@@ -32,7 +32,7 @@ def slow(pred, target):
     return (2 * both / (len(a) + len(b)) if union else 1.0), (both / union if union else 1.0)
 
 
-@pytest.mark.parametrize("name, pred, target", masks(), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize("name, pred, target", list(masks()), ids=lambda x: x if isinstance(x, str) else "")
 def test_overlap(name, pred, target):
     each = np.array([slow(p, t) for p, t in zip(pred, target)])
     np.testing.assert_allclose(dice_per_image(pred, target), each[:, 0])
@@ -90,7 +90,7 @@ def average_precision(y, s):
     return total / y.sum()
 
 
-@pytest.mark.parametrize("name, y, s", rankings(), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize("name, y, s", list(rankings()), ids=lambda x: x if isinstance(x, str) else "")
 def test_ranking(name, y, s):
     assert auroc(y, s, min_count=1)["mean"] == pytest.approx(pairs(y, s)) and _rank_auroc(y, s) == pytest.approx(pairs(y, s))
     assert auprc(y, s, min_count=1)["mean"] == pytest.approx(average_precision(y, s))

@@ -59,7 +59,7 @@ def test_presets_can_be_planned(name, tmp_path, monkeypatch):
     images = next(n.values for n in nodes if n.notebook == "prepare")
     for n in nodes:      # what is tested was not pretrained on: the same split of the same films, or other phantoms
         data, options = n.values.get("data") or (task(n.values["task"]).dataset if "task" in n.values else None), n.values.get("data_options")
-        if n.notebook in ("segment", "classify", "probes") and data == images["data"] and not n.name.endswith(".labels"):      # that one is an arm's pretraining
+        if n.notebook in ("segment", "classify", "probes", "pruning") and data == images["data"] and not n.name.endswith(".labels"):      # that one is an arm's pretraining
             assert options["seed"] != images["data_options"]["seed"] if data.startswith("phantom") else options == images["data_options"], n.name
     made = set()
     for n in nodes:      # each node's inputs are made by nodes before it

@@ -132,12 +132,13 @@ class Chart:
         self.axes = [self.figure.add_axes((left/width, 1 - (top + (i + 1)*each + i*gap)/height, (width - left - right)/width, each/height)) for i in range(panels)]
         self._key = self._ground = None
     def picture(self,
-        draw,            # called with the cleared axes
+        draw,            # called with the cleared axes; where there is a key, it fixes their limits
         over=None,       # called with the axes; the artists that it returns are drawn upon the rest, and taken away again
         key=None,        # while it stays the same, what `draw` has drawn stays too
     ) -> Image.Image:
         "The chart as it now is. Ticks and labels cost most, and a slider that moves a line need not draw them anew."
         if key is None or key != self._key:
+            self._key = None
             for ax in self.axes: ax.clear()
             draw(*self.axes)
             for ax in self.axes: ax.spines[["top", "right"]].set_visible(False)

@@ -170,7 +170,8 @@ def _ground(self, rows: list[dict], *axes):
     loss.set_ylabel("InfoNCE (nats)"); kept.set_ylabel("kept (share)"); cosine.set_ylabel("cosine"); speed.set_ylabel("images/s"); speed.set_xlabel("update")
     kept.set_ylim(-.05, 1.05)
     speed.set_ylim(0, 1.15*np.nan_to_num(_column(rows, "images_per_s")).max(initial=0) or 1)
-    span = (np.nanmin(x), np.nanmax(x)) if len(x) else (0, 1)
+    known = [e["global_step"] for e in self.events if _number(e.get("global_step"))] or [0]
+    span = min(known), max(known)
     room = max(span[1] - span[0], 1)*.03
     for ax in axes:
         ax.set_xlim(span[0] - room, span[1] + room)
@@ -199,7 +200,7 @@ def _pictures(self) -> list:
     if self._chart is None: self._chart = Chart(920, 520, (64, 170, 26, 44), panels=4)
     self._said = _words(self)
     rows = [e for e in self.events if e["event"] == "step"]
-    picture = self._chart.picture(lambda *axes: _ground(self, rows, *axes), lambda *axes: _over(self, rows, *axes), key=(id(self.follower), len(self.events), len(rows)))
+    picture = self._chart.picture(lambda *axes: _ground(self, rows, *axes), lambda *axes: _over(self, rows, *axes), key=(self.follower.path, self.follower._at, self.follower._tail))
     return [stack(caption(self._said, 920), picture)]
 
 def _start(self):
