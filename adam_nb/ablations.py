@@ -125,8 +125,9 @@ def pruned_structures(run, used, prefix: str | None = None):
             mean, reach = _over_seeds([[m[g].get(name) if g in m else None for g in gammas] for m in mine])
             ax.errorbar(x, mean, reach, color=colour, marker=marker, capsize=2, label=arm_name(arm) + (f", level {', '.join(map(str, levels[arm]))}" if differ else ""))
         axes[1].axhline(100*np.mean([m["base"][same] for m in mine]), color=colour, linestyle=":", linewidth=1.3)
-    axes[0].set_ylabel("pairs pruned (%)"); axes[1].set_ylabel(f"of the pruned: same {same} (%)"); axes[2].set_ylabel(f"of the same {same}: pruned (%)")
-    for ax in axes: ax.set_xlabel("threshold γ (cosine)"); ax.set_ylim(-2, 103)
+    for ax, title in zip(axes, ("pairs pruned", f"the same {same} among them", f"pruned, of the same {same}")):
+        ax.set_title(title)
+        ax.set(xlabel="threshold γ (cosine)", ylabel="%", ylim=(-2, 103))
     one = next(iter(found.values()))
     seeds, gone = len({s for _, s in found}), [arm_name(a) for a in arms_of(run) if a not in arms and any(a == arm for arm, _ in every)]
     note(fig, f"{one['data']['name'] if differ else one['task']}: n = {one['n']['queries']} anchors of {one['n']['films']} films; {seeds} pretraining seed{'s'[:seeds != 1]}" + (f"; collapsed and left out: {', '.join(gone)}" if gone else ""))

@@ -97,7 +97,7 @@ def _about(run: Run, album: Album) -> str:
             ("Prepared images", _prepared(run)), ("Judged on", _listed(f"{r['data'].get('name')} ({r['kind']}, n = {_main_n(r)})" for r in every if r["kind"] != "pretrain")),
             ("Pretraining seeds", _listed(seeds_of(run))), ("Seeds of the draws of films", _listed(s for r in every for s in (r["seeds"].get("draw_seeds") or []))),
             ("Updates per arm", _listed(f"{arm_name(a)} {u}" for a, u in updates.items() if u)), ("Encoder", _listed(f"{r['config'].get('backbone')}" for r in trained)),
-            ("Computing time", _duration(sum(r.get("wall_time_s") or 0 for r in every)) if every else ""), ("Machine", _listed(f"{r.get('platform')}" + (f", {r['cpu_threads']} threads" if r.get("cpu_threads") else "") for r in every)),
+            ("Computing time", _duration(sum(r.get("wall_time_s") or 0 for r in every)) if every else ""), ("Machine", _listed(f"{r.get('platform')}" + (f", {r['cpu_threads']} thread{'s'[:r['cpu_threads'] != 1]} a node" if r.get("cpu_threads") else "") for r in every)),
             ("Dates (UTC)", _listed(sorted({r.get("date", "")[:10] for r in every}))), ("Commit", _listed(commits)),
             ("Versions", _listed(f"{k} {v}" for r in every[-1:] for k, v in r.get("versions", {}).items() if v))]
     body = '<table class="facts"><tbody>' + "".join(f'<tr><th scope="row">{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in rows if v) + "</tbody></table>"

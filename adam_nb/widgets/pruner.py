@@ -46,7 +46,7 @@ class PrunerExplorer(Explorer):
         structure=None,            # (N,) what each part really shows, see `structures`; None: not known
         panel: int = 400,          # longest side of the film on the screen, pixels
     ):
-        self.temperature, self.thumbnails, self.panel_size, self._found = temperature, show, panel, {}
+        self.temperature, self.thumbnails, self.panel_size, self._found, self._small = temperature, show, panel, {}, {}
         super().__init__(parts=parts, films=films, structure=structure, anchor=anchor, threshold=threshold)
 
     def open(self, parts, films, structure, anchor, threshold):
@@ -93,7 +93,7 @@ class PrunerExplorer(Explorer):
 
     def follow(self, name: str):
         if name == "bank":
-            self._found.clear()
+            self._found.clear(); self._small.clear()
             if self.anchor >= len(self.parts): self.anchor = 0
         if name == "anchor": self.film = int(self._numbers[0][self.anchor])
         if name == "film" and self._numbers[0][self.anchor] != self.film: self.anchor = self._index(self.film, self._numbers[2][self.anchor])
@@ -170,9 +170,11 @@ def _thumbnails(self) -> Image.Image:
     "The parts most similar to the anchor."
     similarity, pruned, others = self.similarity.numpy(), self.pruned.numpy(), self.others.numpy()
     tiles = []
+    if len(self._small) > 1000: self._small.clear()
     for k in np.argsort(-similarity, kind="stable")[:self.thumbnails]:
-        _, ink, sign = _verdict(self, k, pruned)
-        tiles.append(Tile(self.parts.pictures[others[k]], f"{similarity[k]:.2f} {sign}", ink))
+        (_, ink, sign), i = _verdict(self, k, pruned), int(others[k])
+        if i not in self._small: self._small[i] = to_panel(self.parts.pictures[i], 78)         # a moving threshold shows the same parts again
+        tiles.append(Tile(self._small[i], f"{similarity[k]:.2f} {sign}", ink))
     return contact_sheet(tiles, 6, 78, 12)
 
 # %% ../../nbs/26e_widgets.pruner.ipynb #85de3117
