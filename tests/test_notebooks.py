@@ -3,6 +3,7 @@ import os, re
 from pathlib import Path
 
 import pytest
+import torch
 from nbdev.config import get_config
 from nbdev.test import test_nb as run_notebook
 
@@ -21,6 +22,7 @@ def mark(path):
 @pytest.mark.parametrize("path", [mark(p) for p in LESSONS], ids=lambda p: str(p.relative_to(NBS)))
 def test_notebook(path, monkeypatch):
     monkeypatch.chdir(path.parent)
-    skip = set(get_config().tst_flags.split()) - set(FLAGS)
-    passed, _ = run_notebook(path, skip_flags=skip, force_flags=FLAGS, do_print=False)
+    skip, threads = set(get_config().tst_flags.split()) - set(FLAGS), torch.get_num_threads()
+    try: passed, _ = run_notebook(path, skip_flags=skip, force_flags=FLAGS, do_print=False)
+    finally: torch.set_num_threads(threads)          # some notebooks compute with one
     assert passed, f"{path.name}: a cell failed, see above"
