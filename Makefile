@@ -21,8 +21,9 @@ test: .venv/.ready
 test-all: .venv/.ready
 	@status=0; $(MAKE) test || status=1; ADAM_NB_TEST_FLAGS="slow data" .venv/bin/python -m pytest -m slow || status=1; exit $$status
 
+# Root is the usual user of a container, and Jupyter wants that said.
 lab: .venv/.ready
-	.venv/bin/jupyter lab --notebook-dir=nbs
+	.venv/bin/jupyter lab --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 # Notebooks clean, and adam_nb/ what they export: fails with the difference.
 check: .venv/.ready
