@@ -326,7 +326,6 @@ def _judge_broken(broken: list[dict], n: int, on_bad: str):
         raise AdamError(f"{len(broken)} of {n} images are broken: {' | '.join(said)} — {remedy}")
     print(f"{len(broken)} of {n} images are left out; the cache's manifest.json lists them:", *(f"  {s}" for s in said), sep="\n", file=sys.stderr)
 
-
 # %% ../nbs/06_cache.ipynb #e79f990c
 def prepare(
     records: Records,

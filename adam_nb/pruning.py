@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GAMMAS', 'load_trained', 'last_level', 'Sample', 'draw_sample', 'in_frame', 'box_iou', 'precision_table',
-           'run_pruning', 'PruningConfig', 'prune_precision', 'plot_pruning']
+           'run_pruning', 'PruningConfig', 'prune_precision']
 
 # %% ../nbs/22b_pruning.ipynb #dfffc23d
 import math, time
@@ -14,22 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from .checkpoint import training_state
-from .compositionality import LINES
 from .config import AdamError, build, to_dict
 from .data import dataset
 from .decomposer import check_level
 from .device import thread_count
-from .draw import Drawing
 from .feed import augment_of
 from .landmarks import with_landmarks
 from .metrics import bootstrap_ci
 from .model import Adam
 from .probes import choose
 from .pruner import keep_mask
-from .records import Records
 from .results import result, write_result
 from .schedule import PretrainConfig
 from .views import overlap, pack_id, random_views, stream
@@ -190,43 +186,15 @@ def prune_precision(
     out: str | Path | None = None,      # result file to write
     arm: str = "adam",
     pretrain_seed: int = 0,
-    records: Records | None = None,     # default: the films that the config names; with others, its `data` and `split` say nothing
 ) -> dict:
     "The result (kind \"pruning\") of a trained state on films that it has not seen."
     start, (model, trained) = time.time(), load_trained(state)
-    given = records is not None
-    if not given: records = choose(dataset(config.data, config.data_root, config.split, **config.data_options), config.n_images, config.seed)
+    records = choose(dataset(config.data, config.data_root, config.split, **config.data_options), config.n_images, config.seed)
     level = last_level(trained) if config.level is None else config.level
     with thread_count(config.threads):
         metrics, series = run_pruning(model, augment_of(trained), records, level, config.thresholds, config.seed, config.draws, config.least_iou, config.batch_size)
         res = result("pruning", arm=arm, seeds={"pretrain_seed": pretrain_seed, "probe_seed": config.seed}, config=to_dict(config) | {"trained_threshold": trained.threshold},
-                     data={"name": records.name, "hash": records.fingerprint(), "n": len(records), "split": None if given else config.split}, metrics=metrics, n=series["n"], wall_time_s=time.time() - start, series=series, task=f"{records.name}, level {level}")
+                     data={"name": records.name, "hash": records.fingerprint(), "n": len(records), "split": config.split}, metrics=metrics, n=series["n"], wall_time_s=time.time() - start, series=series, task=f"{records.name}, level {level}")
     if out is not None: write_result(out, res)
     return res
 
-
-# %% ../nbs/22b_pruning.ipynb #4935d9dd
-def plot_pruning(
-    results: dict[str, dict],           # name -> metrics of `run_pruning`
-    definition: str = "anatomy",        # or "part"
-    title: str | None = None,
-) -> Figure:
-    "Share of pairs pruned, and precision and recall of what is pruned, over γ; with 95 % intervals over films and the base rate (dotted). γ at which nothing was pruned has no precision."
-    results = {k: m for k, m in results.items() if not m.get("collapsed")}
-    if not results: raise AdamError("There is nothing to draw: every encoder has collapsed, all pairs are pruned or none.")
-    fig = Drawing(figsize=(11, 3.4), layout="constrained")
-    axes = fig.subplots(1, 3)
-    for i, (name, m) in enumerate(results.items()):
-        gammas = [k for k in m if k not in ("base", "collapsed")]
-        x = np.array([float(g) for g in gammas]) + 0.003*(i - (len(results) - 1)/2)
-        for ax, key in zip(axes, ("pruned", f"{definition}_precision", f"{definition}_recall")):
-            get = lambda end: np.array([np.nan if m[g].get(key + end) is None else m[g][key + end] for g in gammas], dtype=float)
-            y, low, high = get(""), get("_low"), get("_high")
-            bars = np.nan_to_num(np.stack([y - low, high - y])).clip(0)
-            ax.errorbar(x, y, bars if key != f"{definition}_recall" else None, color=LINES[i % len(LINES)], marker="osD^vPX"[i % 7], capsize=2, label=name)
-        if (base := m["base"].get(definition)) is not None: axes[1].axhline(base, color=LINES[i % len(LINES)], linestyle=":", linewidth=1.2)
-    what = {"anatomy": "same anatomy", "part": "same part"}[definition]
-    for ax, label in zip(axes, ("share of pairs pruned", f"of these: {what} (dotted: base rate)", f"{what}: share that is pruned")): ax.set(xlabel="threshold γ (cosine)", ylabel=label, ylim=(-0.02, 1.03))
-    axes[0].legend(frameon=False, fontsize=9)
-    if title: fig.suptitle(title)
-    return fig

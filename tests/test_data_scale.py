@@ -69,11 +69,19 @@ def table(root):
     splits = split_by_patient(table["patient"], {"train": .9, "val": .1}, 0)
     return Records([file_record(f"{root}/{p}", q, split=s, labels={"finding": float(y)}) for p, q, s, y in zip(table["path"], table["patient"], splits, table["finding"])])
 
+def yardstick():
+    "Processor seconds of making many small objects, the work that opening a table is."
+    import gc
+    gc.disable(); t = time.process_time(); some = [{"a": str(i), "b": [i]} for i in range(300_000)]; t = time.process_time() - t; gc.enable()
+    return t
+
+yard = yardstick()
 before, t = own(), time.process_time()
 records = dataset("table", sys.argv[1])
 seconds = time.process_time() - t
+yard += yardstick()
 assert len(records) == int(sys.argv[2]) and records[len(records) - 1].labels["finding"] in (0, 1)
-print(json.dumps({"seconds": seconds, "more": own() - before, "all": resident(), "n": len(records)}))
+print(json.dumps({"seconds": seconds, "yard": yard, "more": own() - before, "all": resident(), "n": len(records)}))
 """
 
 
@@ -88,6 +96,9 @@ def test_200_000_images_in_a_cache(tmp_path):
     assert large["all"] + slope(small, large)*1.0 <= 400            # a million more
 
 
+YARD = 0.26      # seconds of the yardstick on a core that was not slowed down
+
+
 def opened_tables(tmp_path, *counts):
     found = []
     for n in counts:
@@ -100,16 +111,17 @@ def opened_tables(tmp_path, *counts):
 
 @linux
 def test_200_000_records_of_a_table(tmp_path):
+    "Beside other tests a core is slowed down, and the two seconds grow as the yardstick does; alone, below, they are two seconds."
     small, large = opened_tables(tmp_path, 50_000, 200_000)
-    each = slope(small, large)
-    print(f"200,000 records of a table: {large['all']:.0f} MB resident, {each:.0f} bytes a record -> 1.2 million: {large['all'] + each:.0f} MB")
+    each, slow = slope(small, large), max(1, large["yard"]/YARD)
+    print(f"200,000 records of a table: {large['seconds']:.2f} s on a core {slow:.2f} times as slow, {large['all']:.0f} MB resident, {each:.0f} bytes a record -> 1.2 million: {large['all'] + each:.0f} MB")
     assert large["all"] <= 300 and each < 900
+    assert large["seconds"] <= 2*slow
 
 
 @linux
 @pytest.mark.slow
 def test_200_000_records_of_a_table_in_two_seconds(tmp_path):
-    "Where nothing else is at work: a shared core takes twice as long."
     large, = opened_tables(tmp_path, 200_000)
     print(f"200,000 records of a table: {large['seconds']:.2f} s")
     assert large["seconds"] <= 2

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pydicom
 import pytest
-from hypothesis import given, reject, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 from pydicom import uid
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -61,8 +61,6 @@ def saved(path, ds, **how):
     return path
 
 
-class Unencoded(Exception): "The encoder of a test refused; nothing of ours was asked yet."
-
 def by_gdcm(path, ds, syntax, quality=None):
     "The film of `ds`, encoded by GDCM."
     plain = path.with_name("plain.dcm")
@@ -71,8 +69,7 @@ def by_gdcm(path, ds, syntax, quality=None):
     change = gdcm.ImageChangeTransferSyntax(); change.SetTransferSyntax(gdcm.TransferSyntax(getattr(gdcm.TransferSyntax, syntax)))
     if quality is not None:
         codec = gdcm.JPEGCodec(); codec.SetLossless(False); codec.SetQuality(quality); change.SetUserCodec(codec)
-    change.SetInput(reader.GetImage())
-    if not change.Change(): raise Unencoded(f"GDCM does not encode {ds.Rows} x {ds.Columns} as {syntax}.")
+    change.SetInput(reader.GetImage()); assert change.Change()
     writer = gdcm.ImageWriter(); writer.SetFileName(str(path)); writer.SetFile(reader.GetFile()); writer.SetImage(change.GetOutput()); assert writer.Write()
     return path
 
@@ -498,11 +495,11 @@ def test_any_array_in_any_lossless_syntax(tmp_path_factory, data):
     how = data.draw(st.sampled_from(["jpeg lossless sv1", "jpeg-ls by gdcm", "jpeg 2000 lossless", "rle", "native"]))
     least = {"rle": 1, "native": 1, "jpeg 2000 lossless": 32}.get(how, 8)                 # smaller ones the encoders do not take
     shape = tuple(max(n, least) for n in shape)
+    if how == "jpeg lossless sv1" and bits == 8: shape = shape[0], shape[1] + shape[1] % 2     # GDCM's encoder refuses an odd number of bytes
     array = np.random.default_rng(seed).integers(0, 2**bits, shape).astype(np.uint8 if bits == 8 else np.uint16)
     path = tmp_path_factory.mktemp("any")/"film.dcm"
     ds = dataset(array, bits)
     if how == "native": saved(path, ds)
-    else:
-        try: by_gdcm(path, ds, "JPEGLSLossless") if how == "jpeg-ls by gdcm" else EXACT[how](path, ds)      # the other encoder of JPEG-LS wants larger films
-        except Unencoded: reject()                                                        # GDCM does not take every odd number of bytes
+    elif how == "jpeg-ls by gdcm": by_gdcm(path, ds, "JPEGLSLossless")                    # the other encoder wants larger films
+    else: EXACT[how](path, ds)
     np.testing.assert_allclose(open_image(path), array/(2**bits - 1), atol=1e-7)

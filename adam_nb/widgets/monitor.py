@@ -151,15 +151,14 @@ def _averaged(y: np.ndarray, lines: int) -> np.ndarray:
     total, count = (np.cumsum(np.r_[np.zeros(lines), v]) for v in (np.where(ok, y, 0), ok.astype(float)))
     return np.where(count[lines:] > count[:-lines], (total[lines:] - total[:-lines])/np.maximum(count[lines:] - count[:-lines], 1), np.nan)
 
-_CURVES = (("loss", "training", PALETTE[4]), ("kept_fraction", "", PALETTE[2]), ("positive", "positive", PALETTE[4]), ("negative_mean", "kept negatives", PALETTE[5]), ("images_per_s", "", PALETTE[6]))
-_AXIS = (0, 1, 2, 2, 3)      # which panel each curve is in
+_CURVES = ((0, "loss", "training", PALETTE[4]), (1, "kept_fraction", "", PALETTE[2]), (2, "positive", "positive", PALETTE[4]), (2, "negative_mean", "kept negatives", PALETTE[5]), (3, "images_per_s", "", PALETTE[6]))      # panel, name in the log, name in the legend, colour
 
 def _ground(self, rows: list[dict], *axes):
     "The four panels without the curves, with room for them."
     seen = [e for e in self.events if e["event"] == "validation" and _number(e.get("global_step"))]
     x, (loss, kept, cosine, speed) = _column(rows, "global_step"), axes
     loss.plot(x, _column(rows, "chance"), color="0.5", linestyle="--", linewidth=1, label="chance")
-    for (name, label, ink), k in zip(_CURVES, _AXIS):
+    for k, name, label, ink in _CURVES:
         axes[k].plot(x, _column(rows, name), linestyle="none")             # for the limits alone
         if label: axes[k].plot([], [], color=ink, label=label)
     if seen: loss.plot(_column(seen, "global_step"), _column(seen, "loss"), "o", markersize=4, color=PALETTE[5], label="validation, not pruned")
@@ -182,7 +181,7 @@ def _ground(self, rows: list[dict], *axes):
 def _over(self, rows: list[dict], *axes) -> list:
     "The curves, averaged as the slider says."
     x, mark = _column(rows, "global_step"), dict(marker=".", markersize=4) if len(rows) < 60 else {}
-    return [axes[k].plot(x, _averaged(_column(rows, name), self.smooth), color=ink, **mark)[0] for (name, _, ink), k in zip(_CURVES, _AXIS)]
+    return [axes[k].plot(x, _averaged(_column(rows, name), self.smooth), color=ink, **mark)[0] for k, name, _, ink in _CURVES]
 
 def _words(self) -> str:
     p, f = self.progress, self.follower
