@@ -60,7 +60,7 @@ def clear_stale(node: Node):
     if out.is_dir() and not (file.is_file() and file.read_text(encoding="utf-8") == stamp):
         old = out.with_name(f"{out.name}.old")
         if any(out.iterdir()):
-            print(f"    {node.wiring['out']} was made with other parameters, code or images: moved to {old.name}, which may be deleted, and begun anew", file=sys.stderr)
+            _say(f"    {node.wiring['out']} was made with other parameters, code or images: moved to {old.name}, which may be deleted, and begun anew")
             shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
     out.mkdir(parents=True, exist_ok=True)
@@ -101,6 +101,11 @@ class _Labelled:
         self.stream.write(re.sub(r"\r(?=[^\s])", f"\r{self.label} ", text))
     def flush(self): self.stream.flush()
 
+def _say(line: str):
+    "Write one whole line on stderr, from the left edge even where the bar of another node stands."
+    sys.stderr.write(("\r\x1b[K" if sys.stderr.isatty() else "\r") + line + "\n")      # in one piece: other processes write here too
+    sys.stderr.flush()
+
 # %% ../nbs/28_pipeline.ipynb #415875d3
 def run_node(
     plan_path: str,      # a `plan.json`, relative to the project root
@@ -123,7 +128,7 @@ def run_node(
     (root/node.executed).parent.mkdir(parents=True, exist_ok=True)
     if node.notebook == "pretrain": clear_stale(node)
     label = f"[{nodes.index(node) + 1}/{len(nodes)}]"
-    print(f"{label} {name}", file=sys.stderr, flush=True)
+    _say(f"{label} {name}")
     t0 = time.time()
     options = dict(progress_bar=False, stderr_file=_Labelled(sys.stderr, label), cwd=str(root), kernel_name="python3", start_timeout=300,
                    extra_arguments=["--IPKernelApp.log_level=50"])                                             # the kernel's remarks on its own end
@@ -135,7 +140,7 @@ def run_node(
         raise AdamError(f"{name} failed with {e.ename}: {e.evalue}; the executed notebook {node.executed} has the whole traceback.") from None
     if not (root/node.output).is_file(): raise AdamError(f"{name} ended without writing {node.output}; the executed notebook {node.executed} shows what it did.")
     (root/node.output).touch()         # a finished stage has written nothing, but is up to date now
-    print(f"    {node.output} ({time.time() - t0:.0f} s)", file=sys.stderr, flush=True)
+    _say(f"    {node.output} ({time.time() - t0:.0f} s)")
     if node.notebook != "report": refresh_report(node.folder)
 
 # %% ../nbs/28_pipeline.ipynb #bc852c7c
@@ -150,9 +155,9 @@ def refresh_report(
     from adam_nb.report import write_report
     try: write_report(project_root()/folder, path)
     except Exception as e:      # a drawing must not cost the node's result, which the engine deletes when the node fails; the report node itself is not so lenient
-        print(f"    {path.name} could not be refreshed ({type(e).__name__}: {e}); the results stay", file=sys.stderr)
+        _say(f"    {path.name} could not be refreshed ({type(e).__name__}: {e}); the results stay")
         return
-    if first: print(f"    first picture: {path}", file=sys.stderr, flush=True)
+    if first: _say(f"    first picture: {path}")
 
 # %% ../nbs/28_pipeline.ipynb #230f3834
 def _at_once() -> int:

@@ -18,7 +18,7 @@ OUT = ROOT/"outputs"/NAME
 def run(*args): return subprocess.run([sys.executable, "-m", "adam_nb.pipeline", "run", "smoke", *args, f"name={NAME}"], cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
-def ran(done): return re.findall(r"^\[\d+/\d+\] (\S+)$", done.stderr, re.M)
+def ran(done): return re.findall(r"^\[\d+/\d+\] (\S+)$", done.stderr.replace("\r", "\n"), re.M)
 
 
 @pytest.fixture(scope="module")
