@@ -9,6 +9,7 @@ __all__ = ['SIZES', 'RIBS', 'WATER', 'LANDMARKS', 'Phantom', 'check_request', 's
 
 # %% ../nbs/04_phantom.ipynb #0f332aff
 from dataclasses import dataclass, field
+from functools import lru_cache
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
@@ -127,8 +128,8 @@ def vessels(p: Patient, size: int, rng: np.random.Generator) -> np.ndarray:
     rows = []
     for side in (RIGHT, LEFT):
         h = hilum(p, side)
-        for line, wide in vessel_tree(rng, h, side, .118*p.width/.35):
-            rows.append(pieces(place(p, line), wide*p.scale, 170*wide + .12))
+        line, wide = (np.concatenate(v) for v in zip(*vessel_tree(rng, h, side, .118*p.width/.35)))
+        rows.append(pieces(place(p, line), wide*p.scale, 170*wide + .12))
         down = [(h[0] - side*.012, h[1] - .018), (h[0], h[1] + .012), (h[0] + side*.012, h[1] + .055), (h[0] + side*.020, h[1] + .105)]
         rows.append(pieces(place(p, curve(down, 4)), p.scale*np.linspace(.019, .008, 13), np.linspace(2.2, .9, 13)))
         up = [(h[0] - side*.01, h[1] + .01), (h[0] + side*.006, h[1] - .02), (h[0] + side*.012, h[1] - .06)]
@@ -285,6 +286,11 @@ def landmarks(p: Patient) -> dict:
     return {name: (float(points[name][0]), float(points[name][1])) for name in LANDMARKS}
 
 # %% ../nbs/04_phantom.ipynb #d9026257
+@lru_cache(1)
+def _keep_memory():
+    "Let the C library keep what is freed for the next array: giving it back to the system and asking again costs a tenth of a phantom's time."
+    np.empty(31 << 20, np.uint8)        # freeing a large block raises the size from which glibc gives memory back at once, up to 32 MiB
+
 def chest_phantom(seed: int, # number of the set
                   index: int, # number of the patient in the set
                   size: int = 256 # side in pixels, 64 to 1024
@@ -297,6 +303,7 @@ def chest_phantom(seed: int, # number of the set
     landmarks: `LANDMARKS`, (x, y) in pixels, see `landmarks`. labels: {finding: 0.0 or 1.0}. `AdamError` for a size outside 64 to 1024.
     """
     check_request(seed, index, size)
+    _keep_memory()
     build, sick, inner, film, grain = streams(seed, index, 1, 5)
     labels = draw_findings(sick)
     p = new_patient(build, enlarged=bool(labels["cardiomegaly"]))

@@ -33,16 +33,16 @@ def pieces(points, # (n, 2) in frame units, or (m, n, 2) for m polylines at once
     "The pieces of one or many ribbons as rows (a, b, tangent at a, tangent at b, half-widths, strengths, label): (m * (n - 1), 13)."
     p = np.asarray(points, float)
     p = p.reshape((-1,) + p.shape[-2:])
-    shape = p.shape[:2]
-    w, g = np.broadcast_to(width, shape), np.broadcast_to(strength, shape)
-    step = np.diff(p, axis=1)
-    step /= np.maximum(np.linalg.norm(step, axis=-1, keepdims=True), 1e-9)
-    tangent = np.concatenate([step[:, :1], step[:, :-1] + step[:, 1:], step[:, -1:]], 1)
-    tangent /= np.maximum(np.linalg.norm(tangent, axis=-1, keepdims=True), 1e-9)
-    lab = np.broadcast_to(np.reshape(label, (-1, 1)), (shape[0], shape[1] - 1))
-    rows = [p[:, :-1], p[:, 1:], tangent[:, :-1], tangent[:, 1:]] + [
-            v[..., None] for v in (w[:, :-1], w[:, 1:], g[:, :-1], g[:, 1:], lab)]
-    return np.concatenate(rows, -1).reshape(-1, 13)
+    w, g = np.empty((2,) + p.shape[:2])
+    w[:], g[:] = width, strength
+    unit = lambda v: v/np.maximum(np.sqrt((v*v).sum(-1, keepdims=True)), 1e-9)
+    step = unit(p[:, 1:] - p[:, :-1])
+    tangent = unit(np.concatenate([step[:, :1], step[:, :-1] + step[:, 1:], step[:, -1:]], 1))
+    rows = np.empty(step.shape[:2] + (13,))
+    for k, v in ((0, p), (4, tangent)): rows[..., k:k + 2], rows[..., k + 2:k + 4] = v[:, :-1], v[:, 1:]
+    for k, v in ((8, w), (10, g)): rows[..., k], rows[..., k + 1] = v[:, :-1], v[:, 1:]
+    rows[..., 12] = np.reshape(label, (-1, 1))
+    return rows.reshape(-1, 13)
 
 # %% ../nbs/03a_shapes.ipynb #5fb83edc
 def _profile(kind, v, w):
@@ -57,18 +57,18 @@ def _profile(kind, v, w):
     raise ValueError(f"No profile {kind!r}: use 'band', 'tube' or 'shell'")
 
 def _windows(rows, size):
-    "Rows in batches of about equal extent, each with the side in pixels of the windows that hold them."
+    "Rows in batches of about equal extent, each with the width and height in pixels of the windows that hold them."
     a, b = rows[:, :2], rows[:, 2:4]
-    along = (b - a)/(np.linalg.norm(b - a, axis=1, keepdims=True) + 1e-9)
+    along = (b - a)/(np.sqrt(((b - a)**2).sum(1, keepdims=True)) + 1e-9)
     extent = 0
     for end, tangent, w in ((a, rows[:, 4:6], rows[:, 8:9]), (b, rows[:, 6:8], rows[:, 9:10])):
         mitre = w/np.maximum((tangent*along).sum(1, keepdims=True), .5)         # a bend's outer corner reaches farther
         extent = np.maximum(extent, np.abs(end - (a + b)/2) + mitre*np.abs(tangent[:, ::-1]))
     seen = (np.abs((a + b)/2 - .5) < extent + .5 + 1/size).all(1)              # the others lie outside the frame
     rows, extent = rows[seen], extent[seen]
-    side = np.ceil(2*extent.max(1)*size + 2.5).astype(int)
-    bucket = np.ceil(2*np.log2(side)).astype(int)
-    for k in np.unique(bucket): yield rows[bucket == k], int(side[bucket == k].max())
+    sides = np.ceil(2*extent*size + 2.5).astype(int)
+    bucket = np.ceil(np.log2(sides)).astype(int) @ [100, 1]
+    for k in np.unique(bucket): yield rows[bucket == k], sides[bucket == k].max(0).tolist()
 
 # %% ../nbs/03a_shapes.ipynb #6c14323c
 def ribbons(size: int, # side of the square frame in pixels
@@ -78,36 +78,39 @@ def ribbons(size: int, # side of the square frame in pixels
            ) -> np.ndarray:
     "All ribbons of `rows` drawn and added up: float32 (size, size). A pixel belongs to a ribbon's mask when its centre lies inside."
     where, what = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-    for r, side in _windows(rows, size):
-        r = r.astype(np.float32)
-        ax, ay, bx, by = (r[:, k, None, None]*size for k in range(4))
+    batches = list(_windows(rows, size))
+    pad = max((max(sides) for _, sides in batches), default=0)             # what leaves the frame is drawn in a border and cut off
+    stride = size + 2*pad
+    for r, (wide, tall) in batches:                                        # arrays are (tall, wide, pieces): the longest axis is the innermost
+        r = np.ascontiguousarray(r.T, np.float32)
+        ax, ay, bx, by = r[:4]*size
         length = np.hypot(bx - ax, by - ay) + 1e-6
         dx, dy = (bx - ax)/length, (by - ay)/length
-        x0, y0 = np.floor((ax + bx - side)/2), np.floor((ay + by - side)/2)
-        ix, iy = x0 + np.arange(side, dtype=np.float32), y0 + np.arange(side, dtype=np.float32)[:, None]
-        px, py = ix + .5 - ax, iy + .5 - ay                              # one row, one column: what follows are sums of the two
+        x0, y0 = np.floor((ax + bx - wide)/2), np.floor((ay + by - tall)/2)
+        ix, iy = x0 + np.arange(wide, dtype=np.float32)[:, None], y0 + np.arange(tall, dtype=np.float32)[:, None]
+        px, py = ix + .5 - ax, (iy + .5 - ay)[:, None]                     # one row, one column: what follows are sums of the two
         t = px*(dx/length) + py*(dy/length)
         np.clip(t, 0, 1, out=t)
         v = py*dx - px*dy
-        w0, w1, g0, g1 = (r[:, k, None, None] for k in range(8, 12))
+        w0, w1, g0, g1 = r[8:12]
         w = t*((w1 - w0)*size) + w0*size
-        start = px*r[:, 4, None, None] + py*r[:, 5, None, None]
-        end = (px - (bx - ax))*r[:, 6, None, None] + (py - (by - ay))*r[:, 7, None, None]
-        inside = (ix >= 0) & (ix < size) & (iy >= 0) & (iy < size)
-        at = (np.clip(iy, 0, size - 1)*size).astype(np.int64) + np.clip(ix, 0, size - 1).astype(np.int64)
+        start = px*r[4] + py*r[5]
+        end = (px - (bx - ax))*r[6] + (py - (by - ay))*r[7]
+        at = ((iy + pad)*stride).astype(np.int64)[:, None] + (ix + pad).astype(np.int64)
         if masks is not None:
-            hit = inside & (np.abs(v) <= w) & (start >= 0) & (end < 0) & (r[:, 12, None, None] >= 0)
-            label = np.broadcast_to(r[:, 12, None, None].astype(np.int64), hit.shape)[hit]
-            masks.reshape(-1)[label*size*size + at[hit]] = True
+            y, x, k = np.nonzero((np.abs(v) <= w) & (start >= 0) & (end < 0))
+            label, x, y = (a.astype(np.int64) for a in (r[12, k], ix[x, k], iy[y, k]))
+            inside = (label >= 0) & (x >= 0) & (x < size) & (y >= 0) & (y < size)
+            masks[label[inside], y[inside], x[inside]] = True
         value = _profile(profile, v, w)
         value *= t*(g1 - g0) + g0
         start += .5
         value *= np.clip(start, 0, 1, out=start)
         np.subtract(.5, end, out=end)
         value *= np.clip(end, 0, 1, out=end)
-        value *= inside
         where.append(at.ravel()); what.append(value.ravel())
-    return np.bincount(np.concatenate(where), np.concatenate(what), size*size).astype(np.float32).reshape(size, size)
+    drawn = np.bincount(np.concatenate(where), np.concatenate(what), stride*stride).reshape(stride, stride)
+    return drawn[pad:pad + size, pad:pad + size].astype(np.float32)
 
 # %% ../nbs/03a_shapes.ipynb #a52ea20f
 LATTICE = 96     # cells of the lattice along a side of the frame
