@@ -200,22 +200,22 @@ def embedding_speed(
     n: int = 10_000,            # patches
     film_size: int = 512,       # pixels of the films, of 64 patches each
     batch: int = 64,
-    rounds: int = 3,            # the median counts
+    rounds: int = 10,           # portions of the patches, each after bare passes of a tenth as many
 ) -> dict[str, float]:
     "Patches a second of `embed_jobs` (films in memory) and of the bare forward pass, and their ratio."
     import time
     class Film:
         path, pixels = "film", np.random.default_rng(0).random((film_size, film_size), dtype=np.float32)
         def image(self): return self.pixels
-    size, films = view_size(eve, None), [Film()]*-(-n//64)
+    size, films = view_size(eve, None), [Film()]*-(-n//(64*rounds))
     centres = np.random.default_rng(1).uniform(0, film_size, (64, 2))
     jobs = [Job(i, 64, lambda image: cut_patches(image, centres, 0.22*film_size, size)) for i in range(len(films))]
-    views, seconds = cut_patches(films[0].pixels, centres, 0.22*film_size, size)[:batch], {"bare": [], "probe": []}
-    def bare():
-        for _ in range(64*len(films)//len(views)): embed_batch(eve, views)
+    views, seen, seconds = cut_patches(films[0].pixels, centres, 0.22*film_size, size)[:batch], {"bare": 0, "probe": 0}, {"bare": 0, "probe": 0}
+    def bare(): return sum(len(embed_batch(eve, views)) for _ in range(-(-6*len(films)//len(views))))
+    def probe(): return len(embed_jobs(eve, films, jobs, batch)[0])
     embed_batch(eve, views)
     for _ in range(rounds):
-        for name, work in (("bare", bare), ("probe", lambda: embed_jobs(eve, films, jobs, batch))):
-            start = time.perf_counter(); work(); seconds[name].append(time.perf_counter() - start)
-    rate = {k: 64*len(films)/float(np.median(s)) for k, s in seconds.items()}
-    return {"probe_per_s": rate["probe"], "bare_per_s": rate["bare"], "ratio": rate["probe"]/rate["bare"]}
+        for work in (bare, probe):
+            start = time.perf_counter(); seen[work.__name__] += work(); seconds[work.__name__] += time.perf_counter() - start
+    rate = {k: seen[k]/seconds[k] for k in seen}
+    return {"patches": seen["probe"], "probe_per_s": rate["probe"], "bare_per_s": rate["bare"], "ratio": rate["probe"]/rate["bare"]}
