@@ -128,14 +128,16 @@ def region(outline, # (n, 2) closed polygon in frame units
     if not len(x) or not len(y): return out
     q = np.roll(p, -1, 0)
     best = np.full((len(y), len(x)), np.inf, np.float32)
-    length = np.hypot(*(q - p).T)[:, None, None]
-    unit = (q - p)[:, None, None]/np.maximum(length[..., None], 1e-9)
+    length = np.hypot(*(q - p).T)[:, None]
+    dx, dy = ((q - p)/np.maximum(length, 1e-9)).T[:, :, None]
+    px, py = x - p[:, :1], y - p[:, 1:]                            # (edges, columns) and (edges, rows): what follows are sums of the two
+    ax, ay, ox, oy = px*dx, py*dy, px*dy, py*dx
     some = max(4, 60000//best.size)                                # edges at a time: what fits into the processor's cache
     for k in range(0, len(p), some):
-        a, d, long = p[k:k+some, None, None], unit[k:k+some], length[k:k+some]
-        px, py = x - a[..., 0], y[:, None] - a[..., 1]
-        along, off = px*d[..., 0] + py*d[..., 1], px*d[..., 1] - py*d[..., 0]
-        beyond = along - np.clip(along, 0, long)                   # how far past either end of the edge
+        s = slice(k, k + some)
+        along, off = ax[s, None] + ay[s, :, None], ox[s, None] - oy[s, :, None]
+        beyond = np.maximum(along - length[s, None], 0)            # how far past either end of the edge
+        beyond += np.minimum(along, 0, out=along)
         beyond *= beyond
         off *= off
         off += beyond

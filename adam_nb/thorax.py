@@ -171,6 +171,7 @@ def trachea(p: Patient) -> np.ndarray:
     bend = np.exp(-((y - vertebra(p, 4.6))/.07)**2)            # the aortic arch pushes it to the right
     return np.stack([.4*p.turn + .3*spine_x(p, y) - .003 - (.006 + .008*p.age)*bend, y], 1)
 
+@lru_cache(64)
 def great_vessels(p: Patient) -> dict:
     "Circles (x, y, radius) of the mediastinal border: aortic knob, pulmonary trunk (both image-right), azygos arch (image-left)."
     carina = trachea(p)[-1]
@@ -205,6 +206,7 @@ def rib(p: Patient, side: int, k: int) -> np.ndarray:
     x = x0 + (side*reach - x0)*np.sin(theta) + 1.6*p.turn*back
     return np.stack([x, y0 + drop*back + sag*np.sin(theta)], 1)
 
+@lru_cache(64)
 def clavicle(p: Patient, side: int) -> np.ndarray:
     "Middle line of one clavicle, S-shaped, from the breastbone to the shoulder: (n, 2); the middle of its length is row n // 2."
     y, r = p.apex + p.clavicle, p.clavicle_rise
@@ -212,7 +214,9 @@ def clavicle(p: Patient, side: int) -> np.ndarray:
     line = curve(np.array(pts)*[side, 1] + [p.turn, 0], 8)
     along = np.concatenate([[0], np.hypot(*np.diff(line, axis=0).T).cumsum()])
     even = np.linspace(0, along[-1], 41)
-    return np.stack([np.interp(even, along, line[:, i]) for i in (0, 1)], 1)
+    out = np.stack([np.interp(even, along, line[:, i]) for i in (0, 1)], 1)
+    out.flags.writeable = False                          # it is cached
+    return out
 
 # %% ../nbs/03b_thorax.ipynb #95468f0f
 def body(p: Patient) -> np.ndarray:
@@ -236,6 +240,7 @@ def scapula(p: Patient, side: int) -> np.ndarray:
     pts = [(.245 + .6*o, .205 + s), (.262 + o, .30 + s), (.300 + 1.1*o, .435 + s), (.318 + 1.1*o, .43 + s), (.355 + .8*o, .33 + s), (.388 + .4*o, .265 + s), (.392 + .4*o, .225 + s), (.33 + .4*o, .20 + s)]
     return curve(np.array(pts)*[side, 1], 4, closed=True)
 
+@lru_cache(64)
 def shoulder(p: Patient, side: int) -> dict:
     "One shoulder: middle line of the arm, outline of the arm's flesh, head of the humerus (x, y, radius), spine and lateral border of the scapula."
     s, o = p.apex - .15, p.scapula*.4
