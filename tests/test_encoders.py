@@ -15,7 +15,7 @@ from adam_nb.config import AdamError
 from adam_nb.encoders import describe, load_encoder
 from adam_nb.model import NORMALISATION
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 1, "patch_size": 8, "img_size": 32, "num_classes": 0}
 SWIN = {"embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), "window_size": 4, "img_size": 32, "num_classes": 0}
 

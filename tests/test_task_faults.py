@@ -21,7 +21,7 @@ from adam_nb.segment import SegmentConfig, finetune_segmenter, run_segment
 from adam_nb.tasks import TASKS, Task, task
 from adam_nb.transfer import absent_tasks
 
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"n": 40, "size": 64, "seed": 0}
 SEGMENT = SegmentConfig(task="heart_scr_phantom", data_options=OPTIONS, size=32, shots=[2], steps=1, threads=1)
 CLASSIFY = ClassifyConfig(data_options=OPTIONS, size=32, steps=1, methods=["knn"], threads=1)
