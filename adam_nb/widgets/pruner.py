@@ -16,10 +16,10 @@ from ..config import AdamError, nearest
 from ..decomposer import grid_shape, part_box
 from ..draw import PALETTE
 from ..parts import Parts, show_pruning
-from ..pruner import keep_mask
+from ..pruner import keep_mask, pruned_info_nce
 from ..views import unpack_id
 from .banks import places
-from .canvas import Chart, Tile, caption, contact_sheet, stack, to_panel
+from .canvas import Chart, Tile, caption, contact_sheet, font, stack, to_panel
 from .frame import Explorer, Films, setting
 
 # %% ../../nbs/26e_widgets.pruner.ipynb #76fcde47
@@ -129,7 +129,8 @@ class PrunerExplorer(Explorer):
         return self._once("same", make)
     def loss(self, threshold: float | None) -> float:
         "InfoNCE of the anchor with itself as the positive, at a threshold or (None) without the pruner, in nats."
-        return self.parts.loss(self.anchor, threshold, self.temperature) if threshold is not None else self._once("unpruned", lambda: self.parts.loss(self.anchor, None, self.temperature))
+        one = torch.ones(1, 1)                                   # the cosines are all that the loss looks at, and they are known
+        return float(pruned_info_nce(one, one, self.similarity[:, None], self.temperature, threshold).loss)
     @property
     def report(self) -> dict:
         "Counts of the present state: others, pruned, kept, right (pruned and the same), same; loss and loss_without."
@@ -185,20 +186,23 @@ def _histogram(self) -> Image.Image:
     edges = np.linspace(min(-0.2, float(similarity.min())), 1, 61)
     highest = int(np.histogram(similarity, edges)[0].max())
     def ground(ax): ax.set(xlabel="cosine similarity to the anchor", ylabel="parts", xlim=(edges[0], 1), ylim=(0, 1.05*highest))
-    def over(ax):
-        base, made = np.zeros(60), []
-        for name, ink, some in groups:
-            top = base + np.histogram(similarity[some], edges)[0]
-            made.append(ax.stairs(top, edges, baseline=base, fill=True, color=ink, label=f"{name}: {int(some.sum())}"))
-            base = top
-        left = self.threshold < .85
-        return [*made, ax.axvline(self.threshold, color="black", linestyle="--", linewidth=1.4),
-                ax.annotate(f"γ = {self.threshold:.2f}", (self.threshold, 1), xycoords=("data", "axes fraction"), xytext=(4 if left else -4, -10), textcoords="offset points", ha="left" if left else "right", fontsize=9),
-                ax.legend(handles=made, frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)]
     words = f"{self.parts.name(self.anchor)}, of {self.bank}: {r['others']:,} parts may be negatives, {r['pruned']:,} are pruned, {r['kept']:,} kept. Loss {r['loss']:.2f}, without the pruner {r['loss_without']:.2f}."
     if self.same is not None: words += f"\n{r['same']:,} show the same {self.truth}; of those {r['right']:,} are pruned. {r['pruned'] - r['right']:,} of the pruned show another."
     if not hasattr(self, "_chart"): self._chart = Chart(940, 180, (64, 190, 14, 46))
-    return stack(self._chart.picture(ground, over, key=(edges[0], highest)), caption(words, 940))
+    picture = self._chart.picture(ground, key=(edges[0], highest))
+    draw, base = ImageDraw.Draw(picture), np.zeros(60)           # what moves with the threshold is drawn as pixels: artists of matplotlib take ten times as long
+    across, up = (lambda v: self._chart.pixels(v, 0)[0]), (lambda v: self._chart.pixels(0, v)[1])
+    for i, (name, ink, some) in enumerate(groups):
+        top = base + np.histogram(similarity[some], edges)[0]
+        for left, right, low, high in zip(across(edges[:-1]), across(edges[1:]), up(base), up(top)):
+            if high < low: draw.rectangle((round(left), round(high), round(right) - 1, max(round(high), round(low) - 1)), fill=ink)
+        base, y = top, 16 + 20*i
+        draw.rectangle((764, y, 780, y + 10), fill=ink)
+        draw.text((786, y + 5), f"{name}: {int(some.sum())}", fill="black", font=font(12), anchor="lm")
+    x, left = float(across(self.threshold)), self.threshold < .85
+    for y in range(14, 134, 9): draw.line((x, y, x, min(y + 5, 133)), fill="black", width=2)
+    draw.text((x + (5 if left else -5), 20), f"γ = {self.threshold:.2f}", fill="black", font=font(12), anchor="lm" if left else "rm")
+    return stack(picture, caption(words, 940))
 
 def _pictures(self) -> list: return [_film_picture(self), _thumbnails(self), _histogram(self)]
 
