@@ -149,10 +149,6 @@ class Chart:
             artist.axes.draw_artist(artist)
             artist.remove()
         return Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3])
-    def pixels(self, x, y, panel: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        "Where values on the axes of a panel lie in the picture: (from the left, from the top)."
-        at = self.axes[panel].transData.transform(np.stack(np.broadcast_arrays(np.asarray(x, float), y), -1))
-        return at[..., 0], self.figure.bbox.height - at[..., 1]
 
 # %% ../../nbs/26a_widgets.canvas.ipynb #e9e80076
 MAX_BYTES = 300_000

@@ -6,7 +6,7 @@
 __all__ = ['Points', 'landmark_points', 'part_points', 'unit_rows', 'project', 'look_of', 'show_embedding', 'EmbeddingExplorer']
 
 # %% ../../nbs/26g_widgets.embedding.ipynb #4ce4ad35
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from .canvas import Chart, Tile, caption, contact_sheet, ring, stack, to_panel
 from .frame import Explorer, Films, setting
 
 # %% ../../nbs/26g_widgets.embedding.ipynb #fdbbf0ec
+_PANELS = 256         # films that are kept small, about 0.1 MB each
+
 @dataclass
 class Points:
     "Patches of films, with what they show."
@@ -30,14 +32,18 @@ class Points:
     film: np.ndarray            # (N,) number of the film
     box: np.ndarray             # (N, 4) y0, x0, y1, x1 in pixels of the film; may reach over its edge
     films: Films
+    panels: dict = field(default_factory=dict)      # number of a film -> itself at 190 pixels and its size, so that a click need not decode it
     def __post_init__(self):
         if len(self.patches) < 5: raise AdamError(f"A map of {len(self.patches)} patches says nothing; give films with at least 5.")
     def __len__(self) -> int: return len(self.patches)
 
-def _joined(rows: list, films: Films) -> Points:
+def _panel(image) -> tuple[Image.Image, tuple[int, int]]:
+    return to_panel(image, 190), as_picture(image).shape[:2]
+
+def _joined(rows: list, films: Films, panels: dict) -> Points:
     if not rows: raise AdamError("None of the films has landmarks; take a data set that has (phantom_chest, scr), or the parts of a level.")
     if len({r[0].shape[1] for r in rows}) > 1: raise AdamError("Some films have one channel and some three; look at them apart.")
-    return Points(torch.cat([r[0] for r in rows]), *(np.concatenate([r[k] for r in rows]) for k in (1, 2, 3)), films)
+    return Points(torch.cat([r[0] for r in rows]), *(np.concatenate([r[k] for r in rows]) for k in (1, 2, 3)), films, panels)
 
 def landmark_points(
     records,                # with `landmarks`
@@ -45,14 +51,15 @@ def landmark_points(
     size: int = 64,         # side of the patches in pixels: the encoder's input
 ) -> Points:
     "A patch around each landmark of each record. `AdamError` when there is none."
-    films, rows = Films(records), []
+    films, rows, panels = Films(records), [], {}
     for i, r in enumerate(films.items):
         known = {k: p for k, p in (getattr(r, "landmarks", None) or {}).items() if np.isfinite(p).all()}
         if not known: continue
         image = as_picture(films.image(i))
         at, half = np.array(list(known.values())), width*image.shape[1]/2
+        if len(panels) < _PANELS: panels[i] = _panel(image)
         rows.append((cut_patches(image, at, 2*half, size), np.array(list(known)), np.full(len(at), i), np.stack([at[:, 1] - half, at[:, 0] - half, at[:, 1] + half, at[:, 0] + half], 1)))
-    return _joined(rows, films)
+    return _joined(rows, films, panels)
 
 def part_points(
     films,                  # what `Films` takes
@@ -60,12 +67,13 @@ def part_points(
     size: int = 64,
 ) -> Points:
     "All parts of all films at one level; the label is the part's place."
-    films, rows = Films(films), []
+    films, rows, panels = Films(films), [], {}
     for i in range(len(films)):
         image = as_picture(films.image(i))
+        if len(panels) < _PANELS: panels[i] = _panel(image)
         at = boxes(*image.shape[:2], level).tolist()
         rows.append((crops(image, at, size), np.array([f"part {k}" for k in range(len(at))]), np.full(len(at), i), np.array(at, float)))
-    return _joined(rows, films)
+    return _joined(rows, films, panels)
 
 # %% ../../nbs/26g_widgets.embedding.ipynb #3d2a24b2
 def unit_rows(z) -> np.ndarray:
@@ -225,10 +233,7 @@ def _detail(self) -> Image.Image:
     "The selected patch, its film with the box, and its neighbours in each arm."
     p, i = self.points, self.selected
     number = int(p.film[i])
-    if getattr(self, "_film", (None,))[0] != number:
-        image = p.films.image(number)
-        self._film = number, to_panel(image, 190), as_picture(image).shape[:2]
-    _, film, (height, width) = self._film
+    film, (height, width) = p.panels.get(number) or _panel(p.films.image(number))
     film, (y0, x0, y1, x1) = film.copy(), p.box[i]
     sx, sy = film.width/width, film.height/height
     ImageDraw.Draw(film).rectangle((x0*sx, y0*sy, x1*sx, y1*sy), outline="#F0E442", width=3)

@@ -19,7 +19,7 @@ from ..parts import Parts, show_pruning
 from ..pruner import keep_mask, pruned_info_nce
 from ..views import unpack_id
 from .banks import places
-from .canvas import Chart, Tile, caption, contact_sheet, font, stack, to_panel
+from .canvas import Tile, caption, contact_sheet, font, stack, to_panel
 from .frame import Explorer, Films, setting
 
 # %% ../../nbs/26e_widgets.pruner.ipynb #76fcde47
@@ -179,29 +179,47 @@ def _thumbnails(self) -> Image.Image:
     return contact_sheet(tiles, 6, 78, 12)
 
 # %% ../../nbs/26e_widgets.pruner.ipynb #85de3117
+_FRAME = 64, 750, 14, 134          # left, right, top, bottom of the histogram's axes in a picture of 940 x 180 pixels
+
+def _axes(low: float, highest: int):
+    "An empty histogram, as pixels, since a slider would feel the tenth of a second that matplotlib takes: (picture, cosine -> x, parts -> y)."
+    left, right, top, bottom = _FRAME
+    picture = Image.new("RGB", (940, 180), "white")
+    draw = ImageDraw.Draw(picture)
+    across, up = (lambda v: left + (v - low)/(1 - low)*(right - left)), (lambda v: bottom - v/highest*(bottom - top - 6))
+    for v in np.arange(low, 1.01, .25):
+        draw.line((across(v), bottom, across(v), bottom + 4), fill="black")
+        draw.text((across(v), bottom + 7), f"{v:.2f}", fill="black", font=font(12), anchor="mt")
+    for v in (0, highest/2, highest):
+        draw.line((left - 4, up(v), left, up(v)), fill="black")
+        draw.text((left - 7, up(v)), f"{v:g}", fill="black", font=font(12), anchor="rm")
+    draw.line((left, top, left, bottom, right, bottom), fill="black")
+    draw.text(((left + right)/2, bottom + 25), "cosine similarity to the anchor", fill="black", font=font(13), anchor="mt")
+    side = Image.new("RGB", (60, 18), "white")
+    ImageDraw.Draw(side).text((30, 9), "parts", fill="black", font=font(13), anchor="mm")
+    picture.paste(side.rotate(90, expand=True), (4, (top + bottom)//2 - 30))
+    return picture, across, up
+
 def _histogram(self) -> Image.Image:
     "The distribution of all similarities with the threshold, and the counts in words."
     similarity, pruned, r = self.similarity.numpy(), self.pruned.numpy(), self.report
     groups = [(name, ink, (pruned == p) & (self.same == s)) for (p, s), (name, ink, _) in VERDICTS.items()][::-1] if self.same is not None else [(name, ink, pruned == p) for p, (name, ink, _) in UNKNOWN.items()][::-1]
-    edges = np.linspace(min(-0.2, float(similarity.min())), 1, 61)
+    edges = np.linspace(np.floor(4*min(-0.2, float(similarity.min())))/4, 1, 61)
     highest = int(np.histogram(similarity, edges)[0].max())
-    def ground(ax): ax.set(xlabel="cosine similarity to the anchor", ylabel="parts", xlim=(edges[0], 1), ylim=(0, 1.05*highest))
-    words = f"{self.parts.name(self.anchor)}, of {self.bank}: {r['others']:,} parts may be negatives, {r['pruned']:,} are pruned, {r['kept']:,} kept. Loss {r['loss']:.2f}, without the pruner {r['loss_without']:.2f}."
-    if self.same is not None: words += f"\n{r['same']:,} show the same {self.truth}; of those {r['right']:,} are pruned. {r['pruned'] - r['right']:,} of the pruned show another."
-    if not hasattr(self, "_chart"): self._chart = Chart(940, 180, (64, 190, 14, 46))
-    picture = self._chart.picture(ground, key=(edges[0], highest))
-    draw, base = ImageDraw.Draw(picture), np.zeros(60)           # what moves with the threshold is drawn as pixels: artists of matplotlib take ten times as long
-    across, up = (lambda v: self._chart.pixels(v, 0)[0]), (lambda v: self._chart.pixels(0, v)[1])
+    picture, across, up = _axes(edges[0], next(m*10**k for k in range(9) for m in (1, 2, 3, 4, 6, 8) if m*10**k >= highest))
+    draw, base = ImageDraw.Draw(picture), np.zeros(60)
     for i, (name, ink, some) in enumerate(groups):
         top = base + np.histogram(similarity[some], edges)[0]
         for left, right, low, high in zip(across(edges[:-1]), across(edges[1:]), up(base), up(top)):
-            if high < low: draw.rectangle((round(left), round(high), round(right) - 1, max(round(high), round(low) - 1)), fill=ink)
+            if high < low: draw.rectangle((round(left) + 1, round(high), round(right), max(round(high), round(low) - 1)), fill=ink)
         base, y = top, 16 + 20*i
         draw.rectangle((764, y, 780, y + 10), fill=ink)
         draw.text((786, y + 5), f"{name}: {int(some.sum())}", fill="black", font=font(12), anchor="lm")
-    x, left = float(across(self.threshold)), self.threshold < .85
-    for y in range(14, 134, 9): draw.line((x, y, x, min(y + 5, 133)), fill="black", width=2)
-    draw.text((x + (5 if left else -5), 20), f"γ = {self.threshold:.2f}", fill="black", font=font(12), anchor="lm" if left else "rm")
+    x, left = across(self.threshold), self.threshold < .85
+    for y in range(_FRAME[2], _FRAME[3], 9): draw.line((x, y, x, min(y + 5, _FRAME[3] - 1)), fill="black", width=2)
+    draw.text((x + (5 if left else -5), _FRAME[2] + 5), f"γ = {self.threshold:.2f}", fill="black", font=font(12), anchor="lm" if left else "rm")
+    words = f"{self.parts.name(self.anchor)}, of {self.bank}: {r['others']:,} parts may be negatives, {r['pruned']:,} are pruned, {r['kept']:,} kept. Loss {r['loss']:.2f}, without the pruner {r['loss_without']:.2f}."
+    if self.same is not None: words += f"\n{r['same']:,} show the same {self.truth}; of those {r['right']:,} are pruned. {r['pruned'] - r['right']:,} of the pruned show another."
     return stack(picture, caption(words, 940))
 
 def _pictures(self) -> list: return [_film_picture(self), _thumbnails(self), _histogram(self)]
