@@ -138,7 +138,7 @@ class EmbeddingExplorer(Explorer):
         neighbours: int = 6,
         panel: int = 400,              # side of a map on the screen, pixels
     ):
-        self.neighbours, self.panel_size, self._features, self._maps, self._drawn = neighbours, panel, {}, {}, {}
+        self.neighbours, self.panel_size, self._features, self._maps, self._drawn, self._clicked = neighbours, panel, {}, {}, {}, (None, None, None)
         super().__init__(points=points, arms=arms, selected=selected, projection=projection)
 
     def open(self, points, arms, selected, projection):
@@ -193,9 +193,12 @@ class EmbeddingExplorer(Explorer):
     def shown(self) -> list[str]:
         "The arms on the screen."
         return [self.left] + [self.right]*(self.right != self.left or len(self.arms) > 1)
+    def nearest_at(self, arm: str, x: float, y: float) -> int:
+        "The point that is nearest to a place of an arm's map; x, y in [0, 1], y upwards."
+        return int(np.linalg.norm(self.map(arm) - (x, y), axis=1).argmin())
     def select_at(self, arm: str, x: float, y: float):
-        "Select the point that is nearest to a place of an arm's map; x, y in [0, 1], y upwards."
-        self.selected = int(np.linalg.norm(self.map(arm) - (x, y), axis=1).argmin())
+        "Select that point."
+        self.selected = self.nearest_at(arm, x, y)
     def figure(self) -> Figure:
         "The present state for print."
         return show_embedding({a: self.features(a) for a in self.shown}, self.points.label, self.projection, self.selected)
@@ -249,7 +252,9 @@ def _detail(self) -> Image.Image:
 
 def _pictures(self) -> list: return [*[_map_picture(self, a) for a in self.shown], stack(_legend(self), _detail(self))]
 def _arrange(self):
-    for pad in self._pads[:-1]: pad.lay_out((_CELLS, _CELLS), None, "place")
+    for k, pad in enumerate(self._pads[:-1]):
+        map_, cell, number = self._clicked          # its cell stays pressed while its point is the selected one: each change of it costs the front a look at all cells
+        pad.lay_out((_CELLS, _CELLS), cell if (map_, number) == (k, self.selected) else None, "place")
 
 # %% ../../nbs/26g_widgets.embedding.ipynb #e4998619
 def _controls(self) -> list:
@@ -258,13 +263,14 @@ def _controls(self) -> list:
     method = self.bind("projection", w.Dropdown(options=["pca", "tsne"], value=self.projection, description="map", layout=w.Layout(width="180px")))
     arms = [self.bind(side, w.Dropdown(options=list(self.arms), value=getattr(self, side), description=side, layout=w.Layout(width="230px"))) for side in ("left", "right")]
     self.parts_of_front = dict(number=number, method=method, left=arms[0], right=arms[1])
-    def click(side):
+    def click(k, side):
         def act(i):
             r, c = divmod(i, _CELLS)
             place = lambda v: (v + .5)/_CELLS*(1 + 2*_EDGE) - _EDGE
-            self.select_at(getattr(self, side), place(c), place(_CELLS - 1 - r))
+            self._clicked = k, i, self.nearest_at(getattr(self, side), place(c), place(_CELLS - 1 - r))
+            self.selected = self._clicked[2]
         return act
-    pads = [self.pad(click(side)) for side, _ in zip(("left", "right"), self.shown)]
+    pads = [self.pad(click(k, side)) for k, (side, _) in enumerate(zip(("left", "right"), self.shown))]
     return [[number, method, *arms[:len(self.shown)]], [p.widget for p in pads], [self.pad().widget]]
 
 for _name, _function in dict(pictures=_pictures, arrange=_arrange, controls=_controls).items(): setattr(EmbeddingExplorer, _name, _function)
