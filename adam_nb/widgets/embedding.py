@@ -197,7 +197,7 @@ class EmbeddingExplorer(Explorer):
         "The point that is nearest to a place of an arm's map; x, y in [0, 1], y upwards."
         return int(np.linalg.norm(self.map(arm) - (x, y), axis=1).argmin())
     def select_at(self, arm: str, x: float, y: float):
-        "Select that point."
+        "Select what `nearest_at` finds."
         self.selected = self.nearest_at(arm, x, y)
     def figure(self) -> Figure:
         "The present state for print."

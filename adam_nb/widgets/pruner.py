@@ -215,7 +215,7 @@ def _histogram(self) -> Image.Image:
         base, y = top, 16 + 20*i
         draw.rectangle((764, y, 780, y + 10), fill=ink)
         draw.text((786, y + 5), f"{name}: {int(some.sum())}", fill="black", font=font(12), anchor="lm")
-    x, left = across(self.threshold), self.threshold < .85
+    x, left = max(across(self.threshold), _FRAME[0]), self.threshold < .85
     for y in range(_FRAME[2], _FRAME[3], 9): draw.line((x, y, x, min(y + 5, _FRAME[3] - 1)), fill="black", width=2)
     draw.text((x + (5 if left else -5), _FRAME[2] + 5), f"γ = {self.threshold:.2f}", fill="black", font=font(12), anchor="lm" if left else "rm")
     words = f"{self.parts.name(self.anchor)}, of {self.bank}: {r['others']:,} parts may be negatives, {r['pruned']:,} are pruned, {r['kept']:,} kept. Loss {r['loss']:.2f}, without the pruner {r['loss_without']:.2f}."
