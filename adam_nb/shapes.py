@@ -67,7 +67,7 @@ def _windows(rows, size):
     seen = (np.abs((a + b)/2 - .5) < extent + .5 + 1/size).all(1)              # the others lie outside the frame
     rows, extent = rows[seen], extent[seen]
     sides = np.ceil(2*extent*size + 2.5).astype(int)
-    bucket = np.ceil(np.log2(sides)).astype(int) @ [100, 1]
+    bucket = np.ceil(np.log2(sides)).astype(int) @ [100, 1]                    # both sides' next power of two, as one number
     for k in np.unique(bucket): yield rows[bucket == k], sides[bucket == k].max(0).tolist()
 
 # %% ../nbs/03a_shapes.ipynb #6c14323c

@@ -10,6 +10,8 @@ __all__ = ['RIGHT', 'LEFT', 'RIB_STEPS', 'Patient', 'new_patient', 'place', 'unp
 # %% ../nbs/03b_thorax.ipynb #ad38d265
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
+
 import numpy as np
 
 from .shapes import curve
@@ -172,12 +174,12 @@ def trachea(p: Patient) -> np.ndarray:
     return np.stack([.4*p.turn + .3*spine_x(p, y) - .003 - (.006 + .008*p.age)*bend, y], 1)
 
 @lru_cache(64)
-def great_vessels(p: Patient) -> dict:
+def great_vessels(p: Patient) -> MappingProxyType:
     "Circles (x, y, radius) of the mediastinal border: aortic knob, pulmonary trunk (both image-right), azygos arch (image-left)."
     carina = trachea(p)[-1]
-    return {"knob": (.080 + .016*p.age + p.turn - p.knob, float(vertebra(p, 4.6)), p.knob),
-            "trunk": (.086 + .8*(p.trunk - .05) + p.turn - p.trunk, float(vertebra(p, 6.35)), p.trunk),
-            "azygos": (carina[0] - .030, carina[1] - .021, .0135)}
+    return MappingProxyType({"knob": (.080 + .016*p.age + p.turn - p.knob, float(vertebra(p, 4.6)), p.knob),
+                             "trunk": (.086 + .8*(p.trunk - .05) + p.turn - p.trunk, float(vertebra(p, 6.35)), p.trunk),
+                             "azygos": (carina[0] - .030, carina[1] - .021, .0135)})
 
 def hilum(p: Patient, side: int) -> tuple:
     "(x, y) where the vessels of one lung spread out; the left hilum is the higher one."
@@ -241,7 +243,7 @@ def scapula(p: Patient, side: int) -> np.ndarray:
     return curve(np.array(pts)*[side, 1], 4, closed=True)
 
 @lru_cache(64)
-def shoulder(p: Patient, side: int) -> dict:
+def shoulder(p: Patient, side: int) -> MappingProxyType:
     "One shoulder: middle line of the arm, outline of the arm's flesh, head of the humerus (x, y, radius), spine and lateral border of the scapula."
     s, o = p.apex - .15, p.scapula*.4
     flip = np.array([side, 1])
@@ -254,4 +256,6 @@ def shoulder(p: Patient, side: int) -> dict:
     wide = (.066 + .010*p.habitus)*np.concatenate([np.linspace(.5, 1.02, 5), np.linspace(1.03, .92, 16)])[:, None]
     across *= wide/np.linalg.norm(across, axis=1, keepdims=True)
     flesh = np.concatenate([line + across, (line - across)[::-1]]) + [side*.016, 0]
-    return {"head": head, "arm": line, "flesh": flesh, "spine": curve(spine, 5), "border": curve(border, 5)}
+    lines = {"arm": line, "flesh": flesh, "spine": curve(spine, 5), "border": curve(border, 5)}
+    for x in lines.values(): x.flags.writeable = False   # it is cached
+    return MappingProxyType({"head": head} | lines)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from adam_nb.config import AdamError, build, digest, read_yaml
-from adam_nb.plan import CONFIGS, config_class, plan, preset_names, read_preset
+from adam_nb.plan import CONFIGS, plan, preset_names, read_preset
 from adam_nb.tasks import task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,11 +29,11 @@ def test_all_nodes_have_a_notebook():
 def test_one_parameters_cell_that_is_the_config(path):
     found = parameters(path)
     wiring = set(next(n.wiring for n in plan("smoke")[0] if n.notebook == path.stem))
-    fields = {f.name for f in dataclasses.fields(config_class(path.stem))} if path.stem in CONFIGS else set()
+    fields = {f.name for f in dataclasses.fields(CONFIGS[path.stem])} if path.stem in CONFIGS else set()
     assert set(found) == fields | wiring
     if path.stem in CONFIGS:      # the defaults are the smoke size
-        smoke = build(config_class(path.stem), read_yaml(ROOT/f"params/smoke/{path.stem}.yaml"))
-        assert build(config_class(path.stem), {k: v for k, v in found.items() if k in fields}) == smoke
+        smoke = build(CONFIGS[path.stem], read_yaml(ROOT/f"params/smoke/{path.stem}.yaml"))
+        assert build(CONFIGS[path.stem], {k: v for k, v in found.items() if k in fields}) == smoke
 
 
 @pytest.mark.parametrize("path", RUN, ids=lambda p: p.stem)
@@ -93,7 +93,7 @@ def test_each_task_has_its_published_protocol_written_out(path):
     "Every setting of the task's run notebook, as `protocol: published` fills it."
     from adam_nb.protocols import filled
     job, values = task(path.stem), read_yaml(path)
-    kind = config_class(job.kind)
+    kind = CONFIGS[job.kind]
     config = build(kind, values, str(path))
     assert set(values) == {f.name for f in dataclasses.fields(kind)} and config.protocol == "published" and config.task == path.stem
     bare = {k: v for k, v in values.items() if k not in job.published}

@@ -40,6 +40,13 @@ def test_the_command_line_answers_at_once():
     assert time.perf_counter() - t < 5
 
 
+def test_a_plan_needs_no_torch():
+    "It is made at every start, also of a run that has nothing left to do."
+    code = "import sys; from adam_nb.plan import plan; plan('demo'); plan('phantom_all'); assert not {'torch', 'sklearn', 'matplotlib'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_module_imports_a_later_one():
     place = {module.split(".")[0]: i for i, (_, module, _) in enumerate(rooms())}      # a package counts as its last room
     for i, (_, module, path) in enumerate(rooms()):

@@ -15,8 +15,8 @@ from torch import Tensor
 from ..config import AdamError, nearest
 from ..decomposer import grid_shape, part_box
 from ..draw import PALETTE
-from ..parts import Parts, show_pruning
-from ..pruner import keep_mask, pruned_info_nce
+from ..parts import Parts, anchor_loss, show_pruning
+from ..pruner import keep_mask
 from ..views import unpack_id
 from .banks import places
 from .canvas import Tile, caption, contact_sheet, font, stack, to_panel
@@ -129,8 +129,7 @@ class PrunerExplorer(Explorer):
         return self._once("same", make)
     def loss(self, threshold: float | None) -> float:
         "InfoNCE of the anchor with itself as the positive, at a threshold or (None) without the pruner, in nats."
-        one = torch.ones(1, 1)                                   # the cosines are all that the loss looks at, and they are known
-        return float(pruned_info_nce(one, one, self.similarity[:, None], self.temperature, threshold).loss)
+        return anchor_loss(self.similarity, threshold, self.temperature)
     @property
     def report(self) -> dict:
         "Counts of the present state: others, pruned, kept, right (pruned and the same), same; loss and loss_without."
