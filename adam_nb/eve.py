@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from .config import AdamError
 from .decomposer import grid_shape
 from .encoders import load_encoder, save_encoder
+from .memory import keep_memory
 from .model import create_encoder
 
 # %% ../nbs/14_eve.ipynb #e2e94a82
@@ -66,6 +67,7 @@ def _training(card: dict) -> tuple[int, int | None]:
 
 def _forward(eve, x):
     "Features of a batch in inference mode, on the CPU, usable in later gradients."
+    keep_memory()
     with torch.inference_mode(): z = eve.encoder(x.to(eve.device)).float().cpu()
     return z.clone()
 

@@ -23,6 +23,7 @@ from .config import AdamError, digest, nearest, tqdm
 from .device import autocast, pick_device
 from .encoders import load_encoder
 from .eve import Eve, weights_hash
+from .memory import keep_memory
 from .model import Encoder, create_encoder
 from .tasks import Task, target_labels, targets_of
 from .tasks import task as find_task
@@ -204,6 +205,7 @@ def fit(
 ) -> dict[str, list[float]]:
     "Train all parameters for at most `steps` steps on the model's device; returns the series `loss` and `lr`. Ends in training mode."
     if steps < 1 or batch_size < 1: raise AdamError(f"steps is {steps} and batch_size {batch_size}; both must be at least 1.")
+    keep_memory()
     if not lr > 0 or not encoder_lr >= 0: raise AdamError(f"lr is {lr} and encoder_lr {encoder_lr}; the first must be positive, the second not negative.")
     seed, device, augment = list(np.atleast_1d(seed)), next(model.parameters()).device, {True: augment_batch, False: None}.get(augment, augment)
     generator = torch.Generator().manual_seed(int(np.random.SeedSequence([*seed, 1]).generate_state(1)[0]))
@@ -237,7 +239,7 @@ def predict(
 ) -> torch.Tensor:
     "Sigmoid outputs of the model in evaluation mode, float32 on the CPU; the mode is put back."
     device, was = next(model.parameters()).device, model.training
-    model.eval()
+    keep_memory(); model.eval()
     ask = lambda x: model(x).float().sigmoid()
     try:
         with autocast(device, precision):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .config import AdamError, digest
+from .memory import keep_memory
 from .results import read_json, write_json
 
 # %% ../nbs/18a_patches.ipynb #5002467d
@@ -78,6 +79,7 @@ def embed_batch(eve, images: torch.Tensor) -> np.ndarray:
     "(B, D) float32 embeddings of one batch, without gradients. `AdamError` when `eve` cannot be called, gives something else than (B, D), or gives NaN."
     embed = getattr(eve, "embed", None) or eve
     if not callable(embed): raise AdamError(f"An encoder must have `embed` or be callable, but a {type(eve).__name__} is neither.")
+    keep_memory()
     with torch.inference_mode(): z = embed(images)
     z = z.detach().float().cpu().numpy() if isinstance(z, torch.Tensor) else np.asarray(z, dtype=np.float32)
     if z.ndim != 2 or len(z) != len(images): raise AdamError(f"The encoder gave the shape {z.shape} for {len(images)} images; it must give ({len(images)}, D).")

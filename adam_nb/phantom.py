@@ -9,11 +9,11 @@ __all__ = ['SIZES', 'RIBS', 'WATER', 'LANDMARKS', 'Phantom', 'check_request', 's
 
 # %% ../nbs/04_phantom.ipynb #0f332aff
 from dataclasses import dataclass, field
-from functools import lru_cache
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from .config import AdamError
+from .memory import keep_memory
 from .shapes import cover, curve, pieces, region, ribbons, sample, solid, texture
 from .thorax import (LEFT, RIGHT, Patient, body, breast, clavicle, dome, great_vessels, hilum, new_patient, place, rib, rib_angles,
                             scapula, shoulder, spine_x, trachea, vertebra, vertebra_box)
@@ -286,11 +286,6 @@ def landmarks(p: Patient) -> dict:
     return {name: (float(points[name][0]), float(points[name][1])) for name in LANDMARKS}
 
 # %% ../nbs/04_phantom.ipynb #d9026257
-@lru_cache(1)
-def _keep_memory():
-    "Let the C library keep what is freed for the next array: giving it back to the system and asking again costs a tenth of a phantom's time."
-    np.empty(31 << 20, np.uint8)        # freeing a large block raises the size from which glibc gives memory back at once, up to 32 MiB
-
 def chest_phantom(seed: int, # number of the set
                   index: int, # number of the patient in the set
                   size: int = 256 # side in pixels, 64 to 1024
@@ -303,7 +298,7 @@ def chest_phantom(seed: int, # number of the set
     landmarks: `LANDMARKS`, (x, y) in pixels, see `landmarks`. labels: {finding: 0.0 or 1.0}. `AdamError` for a size outside 64 to 1024.
     """
     check_request(seed, index, size)
-    _keep_memory()
+    keep_memory()
     build, sick, inner, film, grain = streams(seed, index, 1, 5)
     labels = draw_findings(sick)
     p = new_patient(build, enlarged=bool(labels["cardiomegaly"]))

@@ -23,6 +23,7 @@ from .device import thread_count
 from .encoders import load_encoder
 from .feed import forewarnings, open_cache, stage_loader, workers_may_die
 from .loop import Run, Timer, diverged, log_steps, machine, make_optimizer, read_pending, restore, show_table, snapshot, update, validate, warn
+from .memory import keep_memory
 from .outcome import PRUNING_PICTURE, PretrainResult, artefacts, export, load_init, state_digest, verify
 from .parts import cut_parts, middle_part, show_pruning
 from .results import read_json, write_json
@@ -207,6 +208,7 @@ def pretrain(
                 ranks.first(lambda: all(p.is_file() for p in artefacts(out)) or export(config, found[1], out, arm))
                 if progress: print(f"{out} is finished ({found[1]['global_step']} updates); nothing to do.")
             else:
+                keep_memory()
                 with thread_count(config.threads): _train(config, out, only, start, digest_, found and found[1], progress, arm, on_step)
             return _result(out, ranks.first(lambda: read_json(out/"pretrain.json")["metrics"]))
 
