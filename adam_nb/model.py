@@ -151,6 +151,25 @@ class ProjectionHead(nn.Sequential):
         super().__init__(nn.Linear(dim_in, hidden or dim_in), nn.ReLU(inplace=True), nn.Linear(hidden or dim_in, dim))
 
 # %% ../nbs/11_model.ipynb #4a9e7018
+class _InGroups(torch.autograd.Function):
+    "Batch normalisation of consecutive groups on a CPU; each group is written where it belongs, instead of being copied there."
+    @staticmethod
+    def forward(ctx, x, weight, bias, means, variances, sizes, momentum, eps):
+        out, found = torch.empty_like(x), weight.new_empty(2, *means.shape)     # mean and 1/deviation of each group
+        for i, (part, place) in enumerate(zip(x.split(sizes), out.split(sizes))):
+            torch.native_batch_norm(part, weight, bias, means[i], variances[i], True, momentum, eps, out=(place, found[0, i], found[1, i]))
+        ctx.save_for_backward(x, weight, found); ctx.sizes, ctx.eps = sizes, eps
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, (mean, inverse) = ctx.saved_tensors
+        parts = [torch.ops.aten.native_batch_norm_backward(g, part, weight, None, None, mean[i], inverse[i], True, ctx.eps, [True, True, True])
+                 for i, (g, part) in enumerate(zip(grad.split(ctx.sizes), x.split(ctx.sizes)))]
+        to_x, to_weight, to_bias = zip(*parts)
+        return torch.cat(to_x), sum(to_weight[::-1]), sum(to_bias[::-1]), None, None, None, None, None
+
 class SplitBatchNorm2d(nn.BatchNorm2d):
     "`BatchNorm2d` that in training normalises `splits` consecutive groups of the batch separately; running statistics are the mean over groups."
     splits = 1
@@ -165,8 +184,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         means, variances = (b.expand(groups, -1).clone() for b in (self.running_mean, self.running_var))
         self.num_batches_tracked.add_(1)
         sizes = [len(x)//groups + (i < len(x) % groups) for i in range(groups)]      # as tensor_split, whose backward is slower
-        out = torch.cat([F.batch_norm(part, means[i], variances[i], self.weight, self.bias, True, self.momentum, self.eps)
-                         for i, part in enumerate(x.split(sizes))])
+        if x.device.type == "cpu" and self.affine: out = _InGroups.apply(x, self.weight, self.bias, means, variances, sizes, self.momentum, self.eps)
+        else: out = torch.cat([F.batch_norm(part, means[i], variances[i], self.weight, self.bias, True, self.momentum, self.eps)
+                               for i, part in enumerate(x.split(sizes))])
         self.running_mean.copy_(means.mean(0)); self.running_var.copy_(variances.mean(0))
         return out
 
