@@ -256,11 +256,11 @@ def test_correspondence(lab):
 
 def test_embedding(lab):
     e = Explorer(lab, "embedding")
-    assert e.cells(0) == e.cells(1) == 1024
-    for cell in (0, 1023, 500): e.changes(e.click(cell))
+    assert e.cells(0) == e.cells(1) == 576
+    for cell in (0, 575, 300): e.changes(e.click(cell))
     e.changes(e.enter("point", "33"))
     assert e.ask("explorer.selected") == "33"
-    for cell in (0, 31, 992, *range(37, 1000, 80)): e.changes(e.click(cell, pad=1))
+    for cell in (0, 23, 552, *range(29, 560, 45)): e.changes(e.click(cell, pad=1))
     e.changes(e.choose("right", "pixels"), 1, 2)
     e.changes(e.choose("right", "blocks"), 1, 2)
     e.changes(e.enter("point", "77"))

@@ -118,7 +118,7 @@ class CorrespondenceExplorer(Explorer):
         encoder=None,                          # an Eve, a callable images -> (B, D), None (pixels), or {arm: any of these}
         a: int = 0, b: int | str = 1,
         point: tuple[float, float] | None = None,
-        grid: tuple[int, int] = (16, 16),      # rows and columns; columns a power of two up to 64
+        grid: tuple[int, int] = (16, 16),      # rows and columns, at most 64 columns
         width: float = 0.22,                   # side of a patch as a share of the film's width
         size: int | None = None,               # input side of the encoder; default its own
         patients: int = 10,                    # films in the strip
@@ -129,7 +129,7 @@ class CorrespondenceExplorer(Explorer):
         super().__init__(films=films, encoder=encoder, a=a, b=b, point=point)
 
     def open(self, films, encoder, a, b, point):
-        if self.grid[1] not in (1, 2, 4, 8, 16, 32, 64): raise AdamError(f"A grid of {self.grid[1]} columns cannot be clicked; take 8, 16 or 32.")
+        if not 1 <= self.grid[1] <= 64: raise AdamError(f"A grid of {self.grid[1]} columns cannot be clicked; take 1 to 64, such as 16.")
         self.films = Films(films)
         self.encoders = encoder if isinstance(encoder, dict) else {"pixels" if encoder is None else "encoder": encoder}
         if not self.encoders: raise AdamError("There is no encoder to explore; give one, or None for pixels.")

@@ -204,7 +204,7 @@ class EmbeddingExplorer(Explorer):
         return show_embedding({a: self.features(a) for a in self.shown}, self.points.label, self.projection, self.selected)
 
 # %% ../../nbs/26g_widgets.embedding.ipynb #d7040aea
-_CELLS = 32     # rows and columns of the grid that is clicked
+_CELLS = 24     # rows and columns of the grid that is clicked; of a cell's middle the nearest point is meant
 _EDGE = .05     # of a map, beside its outermost points
 
 def _map_picture(self, arm: str) -> Image.Image:

@@ -73,7 +73,7 @@ def setting(default=None):
     return lambda check: _Setting(check, default)
 
 # %% ../../nbs/26b_widgets.frame.ipynb #482f7da6
-_STYLE = "".join(f".adam-cells-{2**k} > div {{grid-template-columns: repeat({2**k}, 1fr)}}" for k in range(7)) + """
+_STYLE = "".join(f".adam-cells-{k} > div {{grid-template-columns: repeat({k}, 1fr)}}" for k in range(1, 65)) + """
 .adam-cells {margin: 0 !important; padding: 0 !important; overflow: hidden !important; height: 100%}
 .adam-cells > div {display: grid !important; grid-auto-rows: 1fr; width: 100%; height: 100%}
 .adam-cells button {background: transparent !important; box-shadow: none !important; border: 0 !important; margin: 0 !important; padding: 0 !important;
@@ -100,7 +100,7 @@ class Pad:
             self.widget.layout.grid_template_columns, self.widget.layout.grid_template_rows = (f"{v}px" for v in size)
         self.image.value = data
     def lay_out(self, shape: tuple[int, int], chosen: int | None = None, name: str = "part"):
-        "A grid of (rows, columns) cells, of which one may be chosen. Columns are a power of two, at most 64."
+        "A grid of (rows, columns) cells, of which one may be chosen; at most 64 columns. The front looks at every cell when another one is chosen, so fewer are quicker."
         self._quiet = True
         try:
             if shape != self.shape:
