@@ -25,6 +25,7 @@ from .config import AdamError, to_dict
 from .device import pick_device, pick_precision, thread_count
 from .export import save_supervised
 from .finetune import Arrays, fit, load_arrays, mean_and_std, predict, seeded, start_encoder, thin
+from .memory import keep_memory
 from .metrics import auprc, auroc, auroc_ci
 from .predictions import code_of, finished_run, predictions_folder, run_key, save_run, save_truth
 from .protocols import Monitor, augmentation, check_input, filled, limited, no_data, parts_of, step_counts
@@ -73,7 +74,7 @@ def masked_bce(
 def features(encoder, images: torch.Tensor, batch_size: int = 64) -> np.ndarray:
     "Pooled features `(N, dim)` float32 of uint8 images, in evaluation mode and fp32; the mode is put back."
     device, was = next(encoder.parameters()).device, encoder.training
-    encoder.eval()
+    keep_memory(); encoder.eval().to(memory_format=torch.channels_last)
     try: return torch.cat([encoder(part.to(device).float() / 255).float().cpu() for part in images.split(batch_size)]).numpy()
     finally: encoder.train(was)
 

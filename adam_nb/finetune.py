@@ -239,7 +239,7 @@ def predict(
 ) -> torch.Tensor:
     "Sigmoid outputs of the model in evaluation mode, float32 on the CPU; the mode is put back."
     device, was = next(model.parameters()).device, model.training
-    keep_memory(); model.eval()
+    keep_memory(); model.eval().to(memory_format=torch.channels_last)
     ask = lambda x: model(x).float().sigmoid()
     try:
         with autocast(device, precision):

@@ -40,7 +40,7 @@ def load_trained(path) -> tuple[Adam, PretrainConfig]:
     config = build(PretrainConfig, state["config"], str(path))
     model = Adam(config.backbone, config.dim, config.bank_size, config.momentum, config.temperature, config.threshold, bn_splits=config.bn_splits, in_channels=config.in_channels, seed=config.seed)
     model.load_state_dict(state["model"])
-    return model.eval(), config
+    return model.eval().to(memory_format=torch.channels_last), config
 
 def last_level(config: PretrainConfig) -> int:
     "The finest level of the last stage."
