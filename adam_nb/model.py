@@ -21,6 +21,7 @@ from torch import Tensor
 from . import ranks
 from .config import AdamError, nearest
 from .pruner import pruned_info_nce
+from .small_maps import quick_on_small_maps
 from .views import overlap
 
 # %% ../nbs/11_model.ipynb #710b108b
@@ -35,7 +36,7 @@ def _resnet(backbone: str, in_channels: int):
     if in_channels != 3:
         body.conv1 = nn.Conv2d(in_channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")     # as torchvision does
-    return body, dim
+    return quick_on_small_maps(body), dim
 
 def _timm_name(backbone: str) -> tuple[str, dict]:
     "Name and options of a backbone such as `timm:swin_base_patch4_window7_224?img_size=192&window_size=6`."

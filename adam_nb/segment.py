@@ -27,6 +27,7 @@ from .model import BACKBONES, Encoder, create_encoder, match_channels
 from .predictions import code_of, finished_run, mask_counts, predictions_folder, run_key, save_run, save_truth
 from .protocols import Monitor, augmentation, filled, limited, no_data, parts_of, step_counts
 from .results import result
+from .small_maps import quick_on_small_maps
 from .task_configs import SegmentConfig
 from .tasks import few_shot, label_fraction, task
 
@@ -49,6 +50,7 @@ class Segmenter(nn.Module):
         with seeded(decoder_seed, 0x5E6):
             self.net = smp.Unet(encoder.backbone, encoder_weights=None, in_channels=encoder.in_channels, classes=len(names))
         self.net.encoder.load_state_dict({k: v for k, v in encoder.body.state_dict().items() if not k.startswith("fc.")}, strict=True)
+        quick_on_small_maps(self.net.encoder)
         self.register_buffer("mean", encoder.mean.detach().clone().view(1, -1, 1, 1))
         self.register_buffer("std", encoder.std.detach().clone().view(1, -1, 1, 1))
 
