@@ -260,7 +260,7 @@ def test_embedding(lab):
     for cell in (0, 575, 300): e.changes(e.click(cell))
     e.changes(e.enter("point", "33"))
     assert e.ask("explorer.selected") == "33"
-    for cell in (0, 23, 552, *range(29, 560, 45)): e.changes(e.click(cell, pad=1))
+    for cell in (0, 23, 552, *range(29, 560, 41)): e.changes(e.click(cell, pad=1))
     e.changes(e.choose("right", "pixels"), 1, 2)
     e.changes(e.choose("right", "blocks"), 1, 2)
     e.changes(e.enter("point", "77"))
