@@ -74,7 +74,8 @@ def masked_bce(
 def features(encoder, images: torch.Tensor, batch_size: int = 64) -> np.ndarray:
     "Pooled features `(N, dim)` float32 of uint8 images, in evaluation mode and fp32; the mode is put back."
     device, was = next(encoder.parameters()).device, encoder.training
-    keep_memory(); encoder.eval().to(memory_format=torch.channels_last)
+    keep_memory(); encoder.eval()
+    with torch.inference_mode(False): encoder.to(memory_format=torch.channels_last)
     try: return torch.cat([encoder(part.to(device).float() / 255).float().cpu() for part in images.split(batch_size)]).numpy()
     finally: encoder.train(was)
 

@@ -81,10 +81,10 @@ def weights_hash(encoder) -> str:
 
 # %% ../nbs/14_eve.ipynb #777eade2
 class Eve:
-    "An encoder in evaluation mode with its card: `embed`, `embed_image`, `embed_patches`, `dense`, `save`. Vectors are float32 tensors on the CPU."
+    "An encoder in evaluation mode (the one that is given, moved to its device and into channels-last layout) with its card: `embed`, `embed_image`, `embed_patches`, `dense`, `save`. Vectors are float32 tensors on the CPU."
     def __init__(self, encoder, card: dict | None = None, device: str | None = None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.encoder = encoder.to(self.device, memory_format=torch.channels_last).eval()      # the layout that convolutions are quick in; a CPU gains a third
+        with torch.inference_mode(False): self.encoder = encoder.to(self.device, memory_format=torch.channels_last).eval()      # the layout that convolutions are quick in; a CPU gains a third
         self.card = dict(card or {})
         self.size, self.level = _training(self.card)      # pixels of a view; last trained granularity level or None
         self.dim, self.hash = encoder.dim, weights_hash(encoder)

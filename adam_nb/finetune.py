@@ -239,7 +239,8 @@ def predict(
 ) -> torch.Tensor:
     "Sigmoid outputs of the model in evaluation mode, float32 on the CPU; the mode is put back."
     device, was = next(model.parameters()).device, model.training
-    keep_memory(); model.eval().to(memory_format=torch.channels_last)
+    keep_memory(); model.eval()
+    with torch.inference_mode(False): model.to(memory_format=torch.channels_last)        # or its weights would be of use for inference alone
     ask = lambda x: model(x).float().sigmoid()
     try:
         with autocast(device, precision):

@@ -6,7 +6,7 @@
 __all__ = ['keep_memory']
 
 # %% ../nbs/00a_memory.ipynb #78edbd97
-import ctypes
+import ctypes, os
 from functools import lru_cache
 
 # %% ../nbs/00a_memory.ipynb #e9af73c3
@@ -14,10 +14,12 @@ _MMAP_MAX, _TRIM_THRESHOLD = -4, -1          # numbers of mallopt(3)
 
 @lru_cache(1)
 def keep_memory() -> bool:
-    """Let this process, and those that it forks, keep the memory that they free, for their next arrays: for as long as they live, up to 2 GB.
+    """Let this process, and those that it forks, keep the memory that they free, for their next arrays: for as long as they live, and as much as they ever held at once.
 
-    True where it could be asked for, which is with the C library glibc; elsewhere nothing changes. Results are the same to the bit.
+    Training, prediction and phantoms call it. True where it could be asked for, which is with the C library glibc; elsewhere, and with the
+    environment variable ADAM_NB_KEEP_MEMORY=0, nothing changes. Results are the same to the bit.
     """
+    if os.environ.get("ADAM_NB_KEEP_MEMORY") == "0": return False
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, TypeError, AttributeError): return False       # Windows, macOS, musl: they have no such call
     return all(mallopt(what, value) == 1 for what, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1)))

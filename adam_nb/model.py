@@ -153,7 +153,7 @@ class ProjectionHead(nn.Sequential):
 
 # %% ../nbs/11_model.ipynb #4a9e7018
 class _InGroups(torch.autograd.Function):
-    "Batch normalisation of consecutive groups on a CPU; each group is written where it belongs, instead of being copied there."
+    "Batch normalisation of consecutive groups on a CPU; each group is written where it belongs, instead of being copied there. The kernel checks nothing and needs maps without gaps."
     @staticmethod
     def forward(ctx, x, weight, bias, means, variances, sizes, momentum, eps):
         out, found = torch.empty_like(x), weight.new_empty(2, *means.shape)     # mean and 1/deviation of each group
@@ -185,7 +185,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         means, variances = (b.expand(groups, -1).clone() for b in (self.running_mean, self.running_var))
         self.num_batches_tracked.add_(1)
         sizes = [len(x)//groups + (i < len(x) % groups) for i in range(groups)]      # as tensor_split, whose backward is slower
-        if x.device.type == "cpu" and self.affine: out = _InGroups.apply(x, self.weight, self.bias, means, variances, sizes, self.momentum, self.eps)
+        dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+        if x.device.type == "cpu" and self.affine and dense and x.ndim == 4 and x.shape[1] == self.num_features: out = _InGroups.apply(x, self.weight, self.bias, means, variances, sizes, self.momentum, self.eps)
         else: out = torch.cat([F.batch_norm(part, means[i], variances[i], self.weight, self.bias, True, self.momentum, self.eps)
                                for i, part in enumerate(x.split(sizes))])
         self.running_mean.copy_(means.mean(0)); self.running_var.copy_(variances.mean(0))

@@ -23,7 +23,7 @@ from .views import overlap, pack_id, unpack_id
 # %% ../nbs/12a_parts.ipynb #c16b65b3
 def anchor_loss(similarity: Tensor, threshold: float | None, temperature: float = 0.2) -> float:
     "InfoNCE of an anchor with itself as the positive, from its cosines (M,) with the parts that may be negatives, at a threshold or (None) without the pruner; in nats."
-    one = torch.ones(1, 1)                           # cosines are all that the loss looks at
+    one = similarity.new_ones(1, 1)                  # cosines are all that the loss looks at
     return float(pruned_info_nce(one, one, similarity[:, None], temperature, threshold).loss)
 
 @dataclass

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_trained', 'last_level', 'Sample', 'draw_sample', 'in_frame', 'box_iou', 'precision_table', 'run_pruning',
-           'prune_precision', 'PruningConfig']
+           'prune_precision', 'GAMMAS', 'PruningConfig']
 
 # %% ../nbs/22b_pruning.ipynb #dfffc23d
 import math, time
@@ -31,7 +31,7 @@ from .results import result, write_result
 from .schedule import PretrainConfig
 from .views import overlap, pack_id, random_views, stream
 
-_all_ = ["PruningConfig"]
+_all_ = ["GAMMAS", "PruningConfig"]
 
 # %% ../nbs/22b_pruning.ipynb #00838708
 def load_trained(path) -> tuple[Adam, PretrainConfig]:

@@ -19,20 +19,20 @@ def _neighbours(x: Tensor, stride: int) -> Tensor:
     return padded.as_strided((b, (height - 3)//stride + 1, (width - 3)//stride + 1, 3, 3, c), (n, down*stride, across*stride, down, across, channel))
 
 class _AsProduct(torch.autograd.Function):
-    "A 3 × 3 convolution with padding 1 as a matrix product; maps in channels-last layout, as the weights should be."
+    "A 3 × 3 convolution with padding 1 as a matrix product: (B · h · w, out), for maps (B, C, H, W) in channels-last layout, as the weights should be."
     @staticmethod
     def forward(ctx, x, weight, stride):
         seen, flat = _neighbours(x, stride), weight.permute(0, 2, 3, 1).flatten(1)
         rows = seen.reshape(-1, flat.shape[1])
         ctx.save_for_backward(rows, weight); ctx.like, ctx.stride = x.shape, stride
-        return (rows @ flat.T).view(*seen.shape[:3], -1).permute(0, 3, 1, 2)
+        return rows @ flat.T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         rows, weight = ctx.saved_tensors
-        (b, c, height, width), s, grad = ctx.like, ctx.stride, grad.permute(0, 2, 3, 1)
-        h, w, grad = *grad.shape[1:3], grad.flatten(0, 2)
+        (b, c, height, width), s = ctx.like, ctx.stride
+        h, w = (height - 1)//s + 1, (width - 1)//s + 1
         to_x = to_weight = None
         if ctx.needs_input_grad[1]: to_weight = (grad.T @ rows).view(-1, 3, 3, c).permute(0, 3, 1, 2)
         if ctx.needs_input_grad[0]:
@@ -46,14 +46,23 @@ class _AsProduct(torch.autograd.Function):
 class SmallMapConv2d(nn.Conv2d):
     "`Conv2d` that works small maps off as a matrix product: a CPU, float32, and at most 1,024 places of the kernel in a batch. Equal to `Conv2d` within rounding."
     def forward(self, x: Tensor) -> Tensor:
-        places = len(x)
-        for side in x.shape[-2:]: places *= (side - 1)//self.stride[0] + 1
-        small = x.ndim == 4 and places <= 1024 and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        return _AsProduct.apply(x, self.weight, self.stride[0]) if small and places else super().forward(x)
+        if not self._small(x): return super().forward(x)
+        height, width = ((side - 1)//self.stride[0] + 1 for side in x.shape[2:])
+        return _AsProduct.apply(x, self.weight, self.stride[0]).view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
-def quick_on_small_maps(module: nn.Module) -> nn.Module:
-    "Let the wide 3 × 3 convolutions of `module` take the quicker way on small maps; parameters, buffers and names stay."
+    def _small(self, x) -> bool:
+        if not isinstance(x, Tensor) or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"): return False        # tracers know only PyTorch's own layers
+        if x.ndim != 4 or x.shape[1] != self.in_channels or x.device.type != "cpu" or not x.dtype == self.weight.dtype == torch.float32: return False
+        return 0 < len(x)*((x.shape[2] - 1)//self.stride[0] + 1)*((x.shape[3] - 1)//self.stride[0] + 1) <= 1024
+
+def quick_on_small_maps(
+    module: nn.Module,      # its layers are changed in place; parameters, buffers and names stay
+    on: bool = True,        # False: back to `Conv2d`, for those who compile or script the network
+) -> nn.Module:
+    "Let the wide 3 × 3 convolutions of `module` take the quicker way on small maps."
     for layer in module.modules():
+        if not on and type(layer) is SmallMapConv2d: layer.__class__ = nn.Conv2d
+        if not on: continue
         if type(layer) is nn.Conv2d and layer.kernel_size == (3, 3) and layer.padding == (1, 1) and layer.dilation == (1, 1) and layer.stride in ((1, 1), (2, 2)) \
            and layer.groups == 1 and layer.bias is None and layer.padding_mode == "zeros" and layer.in_channels*layer.out_channels >= 256*512: layer.__class__ = SmallMapConv2d
     return module
