@@ -301,7 +301,7 @@ def make_figures(
             made["missing"][p.name] = str(e)
             continue
         with rc_context({**STYLE, "svg.hashsalt": p.name}):     # the same results give the same bytes
-            fig.draw_without_rendering(); fig.set_layout_engine("none")    # arranged once, not once for each format
+            fig.draw_without_rendering(); fig.set_layout_engine(None)      # arranged once, and then drawn once for each format
             for kind in formats: fig.savefig(out/f"{p.name}.{kind}", dpi=dpi, metadata={"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind))
         made["figures"][p.name] = {"title": p.title, **{k: f"{p.name}.{k}" for k in formats}, "from": fig.sources}
     write_json(out/"figures.json", made)
