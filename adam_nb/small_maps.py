@@ -11,30 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/10c_small_maps.ipynb #2cda39c8
-def _neighbours(x: Tensor, stride: int) -> Tensor:
-    "(B, h, w, 3, 3, C): what a 3 × 3 kernel with padding 1 sees at each of its (h, w) places on (B, C, H, W)."
+def _rows(x: Tensor, stride: int) -> Tensor:
+    "(B · h · w, 9 · C): what a 3 × 3 kernel with padding 1 sees at each of its (h, w) places on (B, C, H, W)."
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
     b, height, width, c = padded.shape
     n, down, across, channel = padded.stride()
-    return padded.as_strided((b, (height - 3)//stride + 1, (width - 3)//stride + 1, 3, 3, c), (n, down*stride, across*stride, down, across, channel))
+    seen = padded.as_strided((b, (height - 3)//stride + 1, (width - 3)//stride + 1, 3, 3, c), (n, down*stride, across*stride, down, across, channel))
+    return seen.reshape(-1, 9*c)
 
 class _AsProduct(torch.autograd.Function):
     "A 3 × 3 convolution with padding 1 as a matrix product: (B · h · w, out), for maps (B, C, H, W) in channels-last layout, as the weights should be."
     @staticmethod
     def forward(ctx, x, weight, stride):
-        seen, flat = _neighbours(x, stride), weight.permute(0, 2, 3, 1).flatten(1)
-        rows = seen.reshape(-1, flat.shape[1])
-        ctx.save_for_backward(rows, weight); ctx.like, ctx.stride = x.shape, stride
-        return rows @ flat.T
+        ctx.save_for_backward(x, weight); ctx.stride = stride
+        return _rows(x, stride) @ weight.permute(0, 2, 3, 1).flatten(1).T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        rows, weight = ctx.saved_tensors
-        (b, c, height, width), s = ctx.like, ctx.stride
+        x, weight = ctx.saved_tensors
+        (b, c, height, width), s = x.shape, ctx.stride
         h, w = (height - 1)//s + 1, (width - 1)//s + 1
         to_x = to_weight = None
-        if ctx.needs_input_grad[1]: to_weight = (grad.T @ rows).view(-1, 3, 3, c).permute(0, 3, 1, 2)
+        if ctx.needs_input_grad[1]: to_weight = (grad.T @ _rows(x, s)).view(-1, 3, 3, c).permute(0, 3, 1, 2)
         if ctx.needs_input_grad[0]:
             each, padded = (grad @ weight.permute(0, 2, 3, 1).flatten(1)).view(b, h, w, 3, 3, c), grad.new_zeros(b, height + 2, width + 2, c)
             for i in range(3):
