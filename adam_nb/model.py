@@ -185,12 +185,16 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         means, variances = (b.expand(groups, -1).clone() for b in (self.running_mean, self.running_var))
         self.num_batches_tracked.add_(1)
         sizes = [len(x)//groups + (i < len(x) % groups) for i in range(groups)]      # as tensor_split, whose backward is slower
-        dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-        if x.device.type == "cpu" and self.affine and dense and x.ndim == 4 and x.shape[1] == self.num_features: out = _InGroups.apply(x, self.weight, self.bias, means, variances, sizes, self.momentum, self.eps)
+        if self._in_place(x): out = _InGroups.apply(x, self.weight, self.bias, means, variances, sizes, self.momentum, self.eps)
         else: out = torch.cat([F.batch_norm(part, means[i], variances[i], self.weight, self.bias, True, self.momentum, self.eps)
                                for i, part in enumerate(x.split(sizes))])
         self.running_mean.copy_(means.mean(0)); self.running_var.copy_(variances.mean(0))
         return out
+
+    def _in_place(self, x) -> bool:
+        "Whether x is what `_InGroups` can work on: on a CPU, (n, num_features, h, w), without gaps."
+        if x.device.type != "cpu" or not self.affine or x.ndim != 4 or x.shape[1] != self.num_features: return False
+        return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/11_model.ipynb #8d35e597
 def set_bn_splits(

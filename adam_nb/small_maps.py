@@ -35,24 +35,31 @@ class _AsProduct(torch.autograd.Function):
         to_x = to_weight = None
         if ctx.needs_input_grad[1]: to_weight = (grad.T @ _rows(x, s)).view(-1, 3, 3, c).permute(0, 3, 1, 2)
         if ctx.needs_input_grad[0]:
-            each, padded = (grad @ weight.permute(0, 2, 3, 1).flatten(1)).view(b, h, w, 3, 3, c), grad.new_zeros(b, height + 2, width + 2, c)
+            each = (grad @ weight.permute(0, 2, 3, 1).flatten(1)).view(b, h, w, 3, 3, c)
+            padded = grad.new_zeros(b, height + 2, width + 2, c, dtype=torch.float32)      # nine terms are added up: not in bfloat16
             for i in range(3):
                 for j in range(3): padded[:, i:i + s*(h - 1) + 1:s, j:j + s*(w - 1) + 1:s] += each[:, :, :, i, j]
-            to_x = padded[:, 1:-1, 1:-1].contiguous().permute(0, 3, 1, 2)
+            to_x = padded[:, 1:-1, 1:-1].to(x.dtype).contiguous().permute(0, 3, 1, 2)
         return to_x, to_weight, None
 
 # %% ../nbs/10c_small_maps.ipynb #a5215b2f
 class SmallMapConv2d(nn.Conv2d):
-    "`Conv2d` that works small maps off as a matrix product: a CPU, float32, and at most 1,024 places of the kernel in a batch. Equal to `Conv2d` within rounding."
+    "`Conv2d` that works small maps off as a matrix product: on a CPU, in float32 (at most 1,024 places of the kernel in a batch) or bfloat16 (2,048). Equal to `Conv2d` within rounding."
     def forward(self, x: Tensor) -> Tensor:
-        if not self._small(x): return super().forward(x)
+        dtype = self._product_in(x)
+        if dtype is None: return super().forward(x)
         height, width = ((side - 1)//self.stride[0] + 1 for side in x.shape[2:])
-        return _AsProduct.apply(x, self.weight, self.stride[0]).view(len(x), height, width, -1).permute(0, 3, 1, 2)
+        return _AsProduct.apply(x.to(dtype), self.weight.to(dtype), self.stride[0]).view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
-    def _small(self, x) -> bool:
-        if not isinstance(x, Tensor) or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"): return False        # tracers know only PyTorch's own layers
-        if x.ndim != 4 or x.shape[1] != self.in_channels or x.device.type != "cpu" or not x.dtype == self.weight.dtype == torch.float32: return False
-        return 0 < len(x)*((x.shape[2] - 1)//self.stride[0] + 1)*((x.shape[3] - 1)//self.stride[0] + 1) <= 1024
+    def _product_in(self, x) -> torch.dtype | None:
+        "The number format of the product, as `Conv2d` would choose it; None: not a case for it."
+        if not isinstance(x, Tensor) or torch.jit.is_tracing(): return None        # tracers know only PyTorch's own layers
+        if x.ndim != 4 or x.shape[1] != self.in_channels or x.device.type != "cpu": return None
+        if torch.is_autocast_enabled("cpu"): dtype, fits = torch.get_autocast_dtype("cpu"), self.weight.dtype == torch.float32 and x.dtype in (torch.float32, torch.bfloat16)
+        else: dtype, fits = x.dtype, x.dtype == self.weight.dtype
+        most = 2048 if dtype == torch.bfloat16 else 1024 if dtype == torch.float32 and self.in_channels*self.out_channels >= 256*512 else 0
+        places = len(x)*((x.shape[2] - 1)//self.stride[0] + 1)*((x.shape[3] - 1)//self.stride[0] + 1)
+        return dtype if fits and 0 < places <= most else None
 
 def quick_on_small_maps(
     module: nn.Module,      # its layers are changed in place; parameters, buffers and names stay
@@ -60,8 +67,10 @@ def quick_on_small_maps(
 ) -> nn.Module:
     "Let the wide 3 × 3 convolutions of `module` take the quicker way on small maps."
     for layer in module.modules():
-        if not on and type(layer) is SmallMapConv2d: layer.__class__ = nn.Conv2d
-        if not on: continue
-        if type(layer) is nn.Conv2d and layer.kernel_size == (3, 3) and layer.padding == (1, 1) and layer.dilation == (1, 1) and layer.stride in ((1, 1), (2, 2)) \
-           and layer.groups == 1 and layer.bias is None and layer.padding_mode == "zeros" and layer.in_channels*layer.out_channels >= 256*512: layer.__class__ = SmallMapConv2d
+        if on and type(layer) is nn.Conv2d and _wide_3x3(layer): layer.__class__ = SmallMapConv2d
+        elif not on and type(layer) is SmallMapConv2d: layer.__class__ = nn.Conv2d
     return module
+
+def _wide_3x3(conv: nn.Conv2d) -> bool:
+    return (conv.kernel_size, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1)) and conv.stride in ((1, 1), (2, 2)) and conv.groups == 1 \
+        and conv.bias is None and conv.padding_mode == "zeros" and conv.in_channels*conv.out_channels >= 256*256
