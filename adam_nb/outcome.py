@@ -44,13 +44,16 @@ def load_init(
     return state
 
 # %% ../nbs/13d_outcome.ipynb #0b4cb866
-def verify(config: PretrainConfig, state: dict, path: Path, only: int | None, init_digest: str | None):
-    "`AdamError` when the checkpoint in the output folder belongs to another run."
+def verify(config: PretrainConfig, state: dict, path: Path, only: int | None, init_digest: str | None, accept_changes: bool = False) -> list[str]:
+    "`AdamError` when the checkpoint in the output folder belongs to another run; with `accept_changes` only when it cannot be gone on from. Returns the parameters that differ."
     if state.get("format") != 1: raise AdamError(f"{path} was written by another version of this project; train into another folder.")
     keys = differing(state["config"], essence(config, only)) if state["only"] == only else ["only"]
-    if keys: raise AdamError(f"{path.parent.parent} holds a run with another {' and '.join(keys)}; train into another folder, or delete this one to begin anew.")
+    fixed = state["finished"] or state["stage"] >= len(config.stages) or set(keys) & {"only", *_SHAPE}
+    if keys and (fixed or not accept_changes):
+        raise AdamError(f"{path.parent.parent} holds a run with another {' and '.join(keys)}; train into another folder, or delete this one to begin anew{'' if fixed else ', or go on with the new values by accept_changes (--accept-changes)'}.")
     if init_digest is not None and state["init"] != init_digest:
         raise AdamError(f"{path.parent.parent} holds a run that began from another state than 'init' now is; train into another folder, or delete this one to begin anew.")
+    return keys
 
 # %% ../nbs/13d_outcome.ipynb #11e078f5
 @dataclass

@@ -68,20 +68,36 @@ def clear_stale(node: Node):
 
 # %% ../nbs/28_pipeline.ipynb #96a0205f
 class Interrupted(AdamError):
-    "A signal has stopped a node, whose state is saved."
+    "A signal has stopped a node, or a run; what it had computed is saved."
 
 @contextmanager
-def _passing_on_signals():
-    "SIGTERM and SIGUSR1 go to the kernel, whose notebook decides what they mean; this process waits for it."
+def _passing_on_signals(receivers):
+    "SIGTERM and SIGUSR1 go to the processes that `receivers(number)` gives, each with the signal for it; this process waits for them. Yields the names of the signals that came."
     import psutil
+    came = []
     def pass_on(number, _):
-        for child in psutil.Process().children():
-            with suppress(psutil.Error): child.send_signal(number)
+        came.append(signal.Signals(number).name)
+        for process, meant in receivers(number):
+            with suppress(psutil.Error): process.send_signal(meant)
     numbers = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1") if hasattr(signal, n)] if threading.current_thread() is threading.main_thread() else []
     before = {n: signal.signal(n, pass_on) for n in numbers}
-    try: yield
+    try: yield came
     finally:
         for n, handler in before.items(): signal.signal(n, handler if handler is not None else signal.SIG_DFL)
+
+def _kernel(number):
+    "A node's signal goes to its kernel, whose notebook decides what it means."
+    import psutil
+    return [(child, number) for child in psutil.Process().children()]
+
+def _nodes_and_engine(number):
+    "A run's signal goes to the nodes at work on this machine; the engine is asked to begin no others."
+    import psutil
+    for process in psutil.Process().children(recursive=True):
+        try: command = process.cmdline()
+        except psutil.Error: continue
+        if command[1:4] == ["-m", "adam_nb.pipeline", "node"]: yield process, number
+        elif command[1:3] == ["-m", "snakemake"] and process.ppid() == os.getpid(): yield process, signal.SIGTERM
 
 # %% ../nbs/28_pipeline.ipynb #af3a7352
 @contextmanager
@@ -115,6 +131,7 @@ def run_node(
     os.environ["ADAM_NB_TEXT_PROGRESS"] = "1"                # bars of the kernel as text, passed through to the terminal
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # threads that wait must sleep: where other work shares the cores, spinning makes a step several times slower
     import papermill
+    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
     root, nodes = project_root(), read_plan(plan_path)
     node = next(n for n in nodes if n.name == name)
@@ -133,7 +150,10 @@ def run_node(
     options = dict(progress_bar=False, stderr_file=_Labelled(sys.stderr, label), cwd=str(root), kernel_name="python3", start_timeout=300,
                    extra_arguments=["--IPKernelApp.log_level=50"])                                             # the kernel's remarks on its own end
     try:
-        with _sockets() as config, _passing_on_signals(): papermill.execute_notebook(str(notebook), str(root/node.executed), parameters, config=config, **options)
+        with _sockets() as config, _passing_on_signals(_kernel) as came: papermill.execute_notebook(str(notebook), str(root/node.executed), parameters, config=config, **options)
+    except DeadKernelError:
+        if came: raise Interrupted(f"{name}: {came[0]} received; what is in {Path(node.output).parent} stays, and the same command goes on.") from None
+        raise AdamError(f"{name}: its kernel has died, most often for want of memory; run fewer nodes at once (--cores 1) or smaller batches. What is in {Path(node.output).parent} stays.") from None
     except PapermillExecutionError as e:
         if e.ename == "Stopped": raise Interrupted(f"{name}: {e.evalue}") from None
         if e.ename == "AdamError": raise AdamError(f"{name}: {e.evalue}") from None
@@ -181,7 +201,7 @@ def run(
     cores: int | None = None,          # default: all
     engine: list[str] = (),            # passed on to Snakemake, e.g. ["--executor", "slurm"]
 ) -> Path:
-    "Run all of a preset that is not up to date; returns the report's path. `AdamError` when a node fails."
+    "Run all of a preset that is not up to date; returns the report's path. `AdamError` when a node fails; `Interrupted` after SIGTERM or SIGUSR1, which the nodes at work get too."
     root = project_root()
     planned = plan(preset, list(overrides), name)        # writes nothing: what cannot work is refused first
     locks = root/".snakemake"/"locks"
@@ -190,7 +210,8 @@ def run(
     path, remarks = write_plan(preset, overrides, name, planned)
     nodes = read_plan(path)
     for r in remarks: print(r, file=sys.stderr)
-    code = _engine(path, cores or os.cpu_count() or 1, ["--rerun-incomplete", *engine])
+    with _passing_on_signals(_nodes_and_engine) as came: code = _engine(path, cores or os.cpu_count() or 1, ["--rerun-incomplete", *engine])
+    if code and came: raise Interrupted(f"{came[0]} received: the nodes at work have saved what they had; the same command goes on from there.")
     if code: raise AdamError(f"The run stopped (see above). What was computed stays; the same command goes on from there. Executed notebooks: {nodes[0].folder}/notebooks")
     return root/nodes[-1].output
 

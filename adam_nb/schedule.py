@@ -7,7 +7,7 @@ __all__ = ['FREE', 'PrepareConfig', 'PretrainConfig', 'Stage', 'stage_list', 'ch
            'differing']
 
 # %% ../nbs/13_schedule.ipynb #bf16f807
-import dataclasses, math
+import dataclasses, math, os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -150,14 +150,14 @@ _RULES = {  # key -> (what must hold, in words; test)
     "batch_size": ("at least 2", lambda v: v >= 2), "view_size": ("at least 16", lambda v: v >= 16), "cache_size": ("at least 32", lambda v: v >= 32),
     "in_channels": ("1 or 3", lambda v: v in (1, 3)), "dim": ("at least 2", lambda v: v >= 2), "bn_splits": ("at least 1", lambda v: v >= 1),
     "nproc": ("at least 1", lambda v: v >= 1), "accumulate": ("at least 1", lambda v: v >= 1),
-    "bank_size": ("at least 2", lambda v: v >= 2), "momentum": ("from 0 to 1", lambda v: 0 <= v <= 1), "temperature": ("above 0", lambda v: v > 0),
+    "bank_size": ("at least 2", lambda v: v >= 2), "momentum": ("from 0 to 1", lambda v: 0 <= v <= 1), "temperature": ("above 0, finite", lambda v: 0 < v < math.inf),
     "threshold": ("a cosine from -1 to 1, or null", lambda v: v is None or -1 <= v <= 1), "prune_from": ("at least 0", lambda v: v >= 0),
     "prune_after": ("at least 0", lambda v: v >= 0), "crop_scale": ("0 < low <= high <= 1", lambda v: 0 < v[0] <= v[1] <= 1),
-    "crop_ratio": ("0 < low <= high", lambda v: 0 < v[0] <= v[1]), "rotation": ("from 0 to 180", lambda v: 0 <= v <= 180),
+    "crop_ratio": ("0 < low <= high, finite", lambda v: 0 < v[0] <= v[1] < math.inf), "rotation": ("from 0 to 180", lambda v: 0 <= v <= 180),
     "brightness": ("from 0 to 1", lambda v: 0 <= v <= 1), "contrast": ("from 0 to 1", lambda v: 0 <= v <= 1),
-    "jitter_p": ("from 0 to 1", lambda v: 0 <= v <= 1), "blur_p": ("from 0 to 1", lambda v: 0 <= v <= 1), "blur": ("0 <= low <= high", lambda v: 0 <= v[0] <= v[1]),
+    "jitter_p": ("from 0 to 1", lambda v: 0 <= v <= 1), "blur_p": ("from 0 to 1", lambda v: 0 <= v <= 1), "blur": ("0 <= low <= high, finite", lambda v: 0 <= v[0] <= v[1] < math.inf),
     "saturation": ("from 0 to 1", lambda v: 0 <= v <= 1), "hue": ("from 0 to 0.5", lambda v: 0 <= v <= 0.5),
-    "lr": ("above 0", lambda v: 0 < v < math.inf), "sgd_momentum": ("from 0 to below 1", lambda v: 0 <= v < 1), "weight_decay": ("at least 0", lambda v: v >= 0),
+    "lr": ("above 0", lambda v: 0 < v < math.inf), "sgd_momentum": ("from 0 to below 1", lambda v: 0 <= v < 1), "weight_decay": ("at least 0, finite", lambda v: 0 <= v < math.inf),
     "warmup_steps": ("at least 0", lambda v: v >= 0), "workers": ("at least 0", lambda v: v >= 0), "threads": ("at least 1, or null", lambda v: v is None or v >= 1),
     "seed": ("from 0 to 2**31 - 1", lambda v: 0 <= v < 2**31), "val_every": ("at least 1", lambda v: v >= 1), "log_every": ("at least 1", lambda v: v >= 1),
     "checkpoint_every": ("at least 1", lambda v: v >= 1), "keep": ("at least 1", lambda v: v >= 1),
@@ -178,11 +178,18 @@ def check(config: PretrainConfig) -> PretrainConfig:
     if config.batch_size % config.nproc: raise AdamError(f"'batch_size' is {config.batch_size}, which {config.nproc} processes ('nproc', or those of torchrun) cannot share equally; make it a multiple of {config.nproc}.")
     if config.bn_splits % (config.nproc * config.accumulate):
         raise AdamError(f"'bn_splits' is {config.bn_splits}, but must be a multiple of nproc x accumulate = {config.nproc} x {config.accumulate}: no process and no part of a batch may cut a group of batch normalisation.")
+    if (needed := 4*config.bank_size*config.dim) > (there := _memory()):
+        raise AdamError(f"'bank_size' is {config.bank_size}: its keys of {config.dim} numbers take {needed/1e9:.0f} GB, more than this machine's {there/1e9:.0f} GB of memory; lower it.")
     if config.bank_size < config.batch_size:
         raise AdamError(f"'bank_size' is {config.bank_size}, less than one batch of {config.batch_size} keys; raise it, best to several batches.")
     if config.select == "best" and config.val_split is None:
         raise AdamError("select: best needs validation images; name a 'val_split', or set select: last.")
     return as_authors(config) if config.recipe == "authors" else config
+
+def _memory() -> float:
+    "Bytes of this machine's memory."
+    try: return os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError): return math.inf        # not on every system
 
 def as_authors(config: PretrainConfig) -> PretrainConfig:
     "`config` with the values that the authors' code has fixed: `recipe: authors` means them whatever else is written."

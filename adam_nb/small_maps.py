@@ -28,6 +28,7 @@ class _AsProduct(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)                       # whoever calls backward() within autocast gets the gradients of the forward pass's format
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         (b, c, height, width), s = x.shape, ctx.stride

@@ -22,12 +22,12 @@ from .curves import Board, LiveCurves, in_notebook, plot_log
 from .device import thread_count
 from .encoders import load_encoder
 from .feed import forewarnings, open_cache, stage_loader, workers_may_die
-from .loop import Run, Timer, diverged, log_steps, machine, make_optimizer, read_pending, restore, show_table, snapshot, update, validate, warn
+from .loop import Run, Timer, diverged, log_steps, machine, make_optimizer, read_pending, restore, show_table, snapshot, update, validate, versions, warn
 from .memory import keep_memory
 from .outcome import PRUNING_PICTURE, PretrainResult, artefacts, export, load_init, state_digest, verify
 from .parts import cut_parts, middle_part, show_pruning
 from .results import read_json, write_json
-from .schedule import PretrainConfig, Stage, check
+from .schedule import PretrainConfig, Stage, check, essence
 from .signs import look, overview, settled, signs
 
 _all_ = ["PretrainConfig", "plot_log"]      # found here too: who trains needs both
@@ -96,7 +96,7 @@ class _Timing:
         if self.n != 11 or self.run.timed: return
         each, self.run.timed = (time.perf_counter() - timer.lost - self.start) / 10, True
         left = sum(s.steps for s in self.run.stages[self.run.at.stage:self.run.end]) - self.run.at.step
-        bar.write(f"time     about {span(left * each)} for the {left} updates that are left: {1000 * each:.3g} ms each, measured over ten; validation and checkpoints come on top")
+        if not bar.disable: bar.write(f"time     about {span(left * each)} for the {left} updates that are left: {1000 * each:.3g} ms each, measured over ten; validation and checkpoints come on top")
 
 def span(seconds: float) -> str:
     "A length of time as a person says it."
@@ -186,6 +186,7 @@ def pretrain(
     progress: bool = True,                     # bars
     arm: str = "adam",                         # name of the recipe in results
     on_step=None,                              # called with the number of updates so far after each; an exception from it stops the run
+    accept_changes: bool = False,              # go on with a run in `out` although its parameters or images were others; each difference is a warning, in the log too
 ) -> PretrainResult:
     """Pretrain in stages (paper, section 2) from a config alone; the same call again resumes, or says that the run is finished.
 
@@ -195,7 +196,7 @@ def pretrain(
     (same number of threads). `AdamError` for all that the user can mend.
     """
     out = Path(out)
-    if config.nproc > 1 and not ranks.launched(): return _launch(check(config), out, only, init, progress, arm, on_step)
+    if config.nproc > 1 and not ranks.launched(): return _launch(check(config), out, only, init, progress, arm, on_step, accept_changes)
     with ranks.group():
         config = ranks.agree(lambda: check(dataclasses.replace(config, nproc=ranks.world())))
         local = ("data_root", "cache", "workers", "threads")                  # may differ from machine to machine
@@ -203,13 +204,13 @@ def pretrain(
         progress = progress and ranks.rank() == 0
         with ExitStack() as held:
             ranks.first(lambda: held.enter_context(_lock(out)))
-            found, start, digest_ = _where(config, out, only, init)
+            found, start, digest_, changed = _where(config, out, only, init, accept_changes)
             if found and found[1]["finished"]:
                 ranks.first(lambda: all(p.is_file() for p in artefacts(out)) or export(config, found[1], out, arm))
                 if progress: print(f"{out} is finished ({found[1]['global_step']} updates); nothing to do.")
             else:
                 keep_memory()
-                with thread_count(config.threads): _train(config, out, only, start, digest_, found and found[1], progress, arm, on_step)
+                with thread_count(config.threads): _train(config, out, only, start, digest_, found and found[1], progress, arm, on_step, accept_changes, changed)
             return _result(out, ranks.first(lambda: read_json(out/"pretrain.json")["metrics"]))
 
 def _lock(out: Path):
@@ -220,8 +221,8 @@ def _lock(out: Path):
 def _result(out: Path, metrics: dict) -> PretrainResult:
     return PretrainResult(out, out/"encoder.safetensors", out/"encoder_last.safetensors", out/"log.jsonl", metrics)
 
-def _where(config: PretrainConfig, out: Path, only: int | None, init):
-    "Where a run begins: (path, state) of its newest checkpoint or None, the state of `init` or None, and that one's digest; the same on all ranks, since rank 0 names the file."
+def _where(config: PretrainConfig, out: Path, only: int | None, init, accept_changes: bool = False):
+    "Where a run begins: (path, state) of its newest checkpoint or None, the state of `init` or None, that one's digest, and the parameters that have changed; the same on all ranks, since rank 0 names the file."
     if only is not None and not 0 <= only < len(config.stages): raise AdamError(f"only={only}, but 'stages' has {len(config.stages)} elements; give 0 to {len(config.stages) - 1}.")
     found = ranks.agree(lambda: newest_state(out/"checkpoints") if ranks.rank() == 0 else None)
     path = ranks.collect(found and found[0])[0]
@@ -230,11 +231,11 @@ def _where(config: PretrainConfig, out: Path, only: int | None, init):
         if only and init is None: raise AdamError(f"only={only} goes on from an earlier stage: give init=, the folder in which stage {only - 1} was run.")
         start = load_init(config, init, only) if init is not None and (at is None or Path(init).exists()) else None
         digest_ = state_digest(start) if start else None
-        if at: verify(config, at[1], at[0], only, digest_)
-        return at, start, digest_
-    at, start, digest_ = ranks.agree(look)
+        changed = verify(config, at[1], at[0], only, digest_, accept_changes) if at else []
+        return at, start, digest_, changed
+    at, start, digest_, changed = ranks.agree(look)
     ranks.same({"init": digest_}, "all ranks must see the same folders.")
-    return at, start, digest_
+    return at, start, digest_, changed
 
 # %% ../nbs/13e_trainer.ipynb #eadead01
 def draw_pruning(run: Run, films: int = 24):
@@ -252,7 +253,7 @@ def draw_pruning(run: Run, films: int = 24):
     except OSError as e: warnings.warn(f"The picture {run.out/PRUNING_PICTURE} could not be written ({e.strerror}).", stacklevel=2)      # no reason to lose the last state
 
 # %% ../nbs/13e_trainer.ipynb #5a6a4062
-def _train(config, out, only, start, init_digest, state, progress, arm, on_step):
+def _train(config, out, only, start, init_digest, state, progress, arm, on_step, accept_changes=False, changed=()):
     "Train what is left of a run, and write its outcome."
     run = ranks.agree(lambda: Run(config, out, open_cache(config, out, progress), _device(config), init_digest if state is None else state["init"], only, progress, on_step))
     ranks.same({"data": run.data}, "prepare the same images on all machines.")
@@ -260,8 +261,15 @@ def _train(config, out, only, start, init_digest, state, progress, arm, on_step)
     run.curves = LiveCurves(out/"log.jsonl") if progress and in_notebook() else None
     try:
         if state:
-            if state["data"] != run.data: raise AdamError(f"The images have changed since the checkpoint in {out} was written (another data hash); train into another folder, or restore the images.")
+            then, now = (f"{d['n']} of {d['name']}, hash {d['hash']}" for d in (state["data"], run.data))
+            if then != now and not accept_changes: raise AdamError(f"'data': the images have changed since the checkpoint in {out} was written ({then}; now {now}); restore them, train into another folder, or go on by accept_changes (--accept-changes).")
             restore(run, state)
+            for key in changed: warn(run, f"'{key}' was {state['config'].get(key)!r} until update {run.at.global_step}, and is {essence(config, only).get(key)!r} from now on.")
+            if then != now:
+                run.model.bank.ids.fill_(-1)        # its numbers mean other images
+                warn(run, f"'data' changed after update {run.at.global_step}: {then}; now {now}. The keys in the bank stay as negatives, but as nobody's own.")
+            for name, now in versions().items():
+                if (was := state.get("versions", {}).get(name, now)) != now: warn(run, f"This run began with {name} {was} and goes on with {now}; results may differ in the last bits.")
             ranks.first(lambda: keep_newest(out/"checkpoints", config.keep, run.at.global_step))      # what is newer could not be read
             for key, now in machine(config).items():
                 if state.get(key, now) != now: warnings.warn(f"This run began with {key}: {state[key]} and goes on with {now}; results then differ in the last bits. Set '{key}' to have them equal.", stacklevel=2)
@@ -312,13 +320,13 @@ def _device(config: PretrainConfig) -> torch.device:
     return torch.device("cuda", local)
 
 # %% ../nbs/13e_trainer.ipynb #387e3124
-def _launch(config, out: Path, only, init, progress, arm, on_step) -> PretrainResult:
+def _launch(config, out: Path, only, init, progress, arm, on_step, accept_changes) -> PretrainResult:
     "`pretrain` in `config.nproc` processes of their own."
     if on_step: raise AdamError("on_step is called in the process that trains; use it with nproc: 1.")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/"parameters.yaml"
         path.write_text(yaml.safe_dump(to_dict(config)), encoding="utf-8")
-        more = [*(["--only", str(only)] if only is not None else []), *(["--init", str(init)] if init is not None else []), *([] if progress else ["--quiet"])]
+        more = [*(["--only", str(only)] if only is not None else []), *(["--init", str(init)] if init is not None else []), *([] if progress else ["--quiet"]), *(["--accept-changes"] if accept_changes else [])]
         live = LiveCurves(out/"log.jsonl") if progress and in_notebook() else None
         code, said = ranks.launch(config.nproc, "adam_nb.trainer", [str(path), "--out", str(out), "--arm", arm, *more], meanwhile=live and live.update)
         if live: live.update(last=True)
@@ -333,12 +341,13 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--out", required=True, help="folder of the run"); p.add_argument("--only", type=int, help="run this element of the stage list alone")
     p.add_argument("--init", help="… from the last state in this folder"); p.add_argument("--arm", default="adam", help="the recipe's name in results")
     p.add_argument("--quiet", action="store_true", help="no bars and no closing line")
+    p.add_argument("--accept-changes", action="store_true", help="go on with the run in --out although its parameters or images were others")
     a = p.parse_intermixed_args(argv)
     try:
         with ranks.group(), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: ranks.rank() or print(f"warning: {message}", file=sys.stderr)
             config = ranks.agree(lambda: build(PretrainConfig, override(read_yaml(a.config), a.overrides), a.config))
-            done = pretrain(config, a.out, a.only, a.init, progress=not a.quiet, arm=a.arm)
+            done = pretrain(config, a.out, a.only, a.init, progress=not a.quiet, arm=a.arm, accept_changes=a.accept_changes)
             if ranks.rank() == 0 and not a.quiet and (config.nproc == 1 or ranks.launched()): print(f"{done.encoder}: loss {done.summary['loss']:.3f} at chance {done.summary['chance']:.3f}, {done.summary['accuracy']:.0%} of positives found")
     except AdamError as e:
         if ranks.rank() == 0 or isinstance(e, ranks.Alone): print(f"adam_nb.trainer: {e}", file=sys.stderr)

@@ -177,6 +177,21 @@ def test_plain_torchrun(tmp_path):
     same_outcome(tmp_path/"ours", tmp_path/"theirs")
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_launchers(tmp_path):
+    "Two launchers with a rank each, as on two machines that see one folder, do what one launcher with two ranks does."
+    files(tmp_path, steps=[12, 4])
+    subprocess.run(command(tmp_path, "one"), check=True, env=ENV, stderr=subprocess.DEVNULL)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    machines = [subprocess.Popen([sys.executable, "-m", "adam_nb.ranks", "--nnodes=2", f"--node_rank={r}", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}", *command(tmp_path, "two")[len(RANKS):]],
+                                 env=ENV, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    said = [m.communicate(timeout=120)[1] for m in machines]
+    assert [m.returncode for m in machines] == [0, 0], said
+    same_outcome(tmp_path/"one", tmp_path/"two")
+
+
 def by_hand(folder, *each):
     "Two ranks started one by one, with arguments of their own: exit codes, and what each has said."
     with socket.socket() as s:

@@ -16,10 +16,10 @@ from adam_nb.views import unpack_id
 BASE = dict(data_options={"n": 40, "size": 96, "seed": 0}, cache_size=96, backbone="timm:test_resnet", dim=12, batch_size=8, bank_size=20, bn_splits=2, view_size=32, momentum=0.9,
             threshold=0.95, stages=[0, 2], steps=[3, 4], optimizer="sgd", lr=0.03, warmup_steps=2, workers=0, precision="fp32", val_split=None, channels_last=False)
 SWITCHES = {
-    "ours": {}, "no pruner": {"threshold": None}, "pruner from the start": {"prune_from": 0, "threshold": 0.5}, "pruner later": {"prune_from": 0, "prune_after": 5, "threshold": 0.5},
+    "ours": {"val_split": "val"}, "no pruner": {"threshold": None}, "pruner from the start": {"prune_from": 0, "threshold": 0.5}, "pruner later": {"prune_from": 0, "prune_after": 5, "threshold": 0.5},
     "own keys are negatives": {"exclude_own": False}, "ordinary BN": {"bn_splits": 1}, "four groups": {"bn_splits": 4, "batch_size": 16, "bank_size": 40}, "black corners": {"rotation_fill": "zero"},
     "AdamW": {"optimizer": "adamw", "lr": 1e-3}, "ResNet-18": {"backbone": "resnet18", "steps": [2, 2]}, "no warm-up": {"warmup_steps": 0}, "cosine by epoch": {"schedule": "cosine_epoch", "warmup_steps": 0}, "mixed levels": {"stages": [[0, 1, 2]], "steps": 7},
-    "temperature": {"temperature": 0.07}, "authors": {"recipe": "authors", "schedule": "cosine_epoch", "warmup_steps": 0, "val_split": "val"},
+    "temperature": {"temperature": 0.07}, "momentum": {"momentum": 0.5}, "authors": {"recipe": "authors", "schedule": "cosine_epoch", "warmup_steps": 0, "val_split": "val", "threshold": 0.5},
 }
 
 
@@ -111,8 +111,9 @@ def cache(tmp_path_factory):
 
 
 def apart(a, b):
-    "The largest difference of two modules' parameters; NaN if there is one."
-    return float(torch.stack([(p - r).detach().abs().max() for p, r in zip(a.parameters(), b.parameters())]).max())
+    "The largest difference of two modules' parameters and running statistics; NaN if there is one."
+    pairs = [*zip(a.parameters(), b.parameters()), *((m, n) for (name, m), (_, n) in zip(a.named_buffers(), b.named_buffers()) if "running" in name)]
+    return float(torch.stack([(p - r).detach().abs().max() for p, r in pairs]).max())
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -141,15 +142,16 @@ def test_same_as_a_plain_loop(cache, tmp_path, name):
             update(run, stage, batch)
             assert abs(float(run.at.pending[-1][0]) - loss.item()) < 1e-8, (name, stage.index, step)
             pruned += float(run.at.pending[-1][3]) > 0
-        if config.recipe == "authors":
+        if config.val_split:
             validate(run, stage)
             plain.f.eval(), plain.f_twin.eval()
-            for batch in validation_batches(config, cache, val, stage):
-                with torch.no_grad(): loss, k, mine = plain.loss(*batch, stage.prunes, training=False)
-                plain.follow(k, mine)
+            batch, = validation_batches(config, cache, val, stage)
+            with torch.no_grad(): loss, k, mine = plain.loss(*batch, stage.prunes and config.recipe == "authors", training=False)
+            if config.recipe == "authors": plain.follow(k, mine)                # theirs moves twin and bank, ours nothing
             plain.f.train(), plain.f_twin.train()
             assert abs(written[-1][1]["loss"] - float(loss)) < 1e-8
     assert float((run.model.bank.keys - torch.stack(plain.keys)).abs().max()) < 1e-8          # torch's maximum of a NaN is NaN, Python's is not
+    assert [plain.part(i) if i >= 0 else None for i in run.model.bank.ids.tolist()] == plain.owner and int(run.model.bank.ptr) == plain.place
     for ours, theirs in ((run.model.encoder, plain.f), (run.model.head, plain.g), (run.model.twin_encoder, plain.f_twin), (run.model.twin_head, plain.g_twin)):
         assert apart(ours, theirs) < (1e-6 if config.optimizer == "adamw" else 1e-8)       # AdamW divides a vanishing gradient by its own size, and so makes its last digit visible
-    if name.startswith("pruner"): assert pruned                               # the switch was at work
+    if name.startswith("pruner") or name == "authors": assert pruned                               # the switch was at work

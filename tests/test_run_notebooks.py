@@ -8,6 +8,7 @@ import pytest
 
 from adam_nb.config import AdamError, build, digest, read_yaml
 from adam_nb.plan import CONFIGS, plan, preset_names, read_preset
+from adam_nb.schedule import PretrainConfig, check
 from adam_nb.tasks import task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +67,21 @@ def test_presets_can_be_planned(name, tmp_path, monkeypatch):
         assert set(n.inputs) <= made, n.name
         made.add(n.output)
         assert set(n.values) | set(n.wiring) == set(parameters(ROOT/f"nbs/run/{n.notebook}.ipynb")), n.name
+
+
+PUBLISHED = dict(      # the paper, section 3, and its authors' public settings
+    stages=[0, 2, 4], steps=None, epochs=200, backbone="resnet50", in_channels=3, dim=128, batch_size=256, bn_splits=4, bank_size=65536, momentum=0.999, temperature=0.2, threshold=0.8, prune_from=1, exclude_own=False,
+    view_size=224, crop_scale=[0.2, 1.0], rotation=30, rotation_fill="zero", brightness=0.4, contrast=0.4, jitter_p=0.8, blur=[0.1, 2.0], blur_p=0.5,
+    optimizer="sgd", lr=0.03, sgd_momentum=0.9, weight_decay=1e-4, warmup_steps=0, schedule="cosine_epoch", select="best")
+
+
+@pytest.mark.parametrize("name, more", [("paper_cxr", {"data": "chestxray14", "data_options": {"split_by": "official"}}), ("paper_fundus", {"data": "eyepacs", "saturation": 0.4, "hue": 0.1})])
+def test_paper_presets_are_the_paper(name, more):
+    "The first arm's last stage, as it would be run, has the published values; only what grey films cannot show (saturation, hue) is left out."
+    values = read_preset(name)[1]["pretrain"]
+    assert {k: values.get(k) for k in PUBLISHED | more} == PUBLISHED | more
+    config = check(build(PretrainConfig, values, name))
+    assert config.crop_ratio == (3/4, 4/3) and config.recipe == "ours" and config.accumulate == config.nproc == 1
 
 
 def test_other_images_for_an_arm_are_refused(monkeypatch):

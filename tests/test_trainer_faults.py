@@ -15,6 +15,7 @@ import yaml
 
 from adam_nb.checkpoint import checkpoints, load_state, newest_state, read_log, save_state
 from adam_nb.config import AdamError
+from adam_nb.outcome import state_digest
 from adam_nb.schedule import PretrainConfig
 from adam_nb.trainer import pretrain
 
@@ -34,7 +35,7 @@ def test_killed_at_any_moment(tmp_path):
     started = time.monotonic()
     subprocess.run(command(tmp_path, "straight"), check=True, env=env, stderr=subprocess.DEVNULL)
     whole = time.monotonic() - started
-    rng, kills, log = random.Random(0), 0, tmp_path/"killed"/"log.jsonl"
+    rng, kills, log = random.Random(0), [], tmp_path/"killed"/"log.jsonl"
     for _ in range(40):
         process = subprocess.Popen(command(tmp_path, "killed"), env=env, stderr=subprocess.DEVNULL, start_new_session=True)
         size = log.stat().st_size if log.exists() else 0
@@ -43,12 +44,14 @@ def test_killed_at_any_moment(tmp_path):
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            kills += 1
+            kills.append(read_log(log)[-1].get("stage"))
             continue
         break
-    assert process.returncode == 0 and kills >= 2, (process.returncode, kills)
+    assert process.returncode == 0 and len(kills) >= 2 and len(set(kills)) >= 2, (process.returncode, kills)       # not in one stage alone
     for name in ("encoder.safetensors", "encoder_last.safetensors"):
         assert (tmp_path/"straight"/name).read_bytes() == (tmp_path/"killed"/name).read_bytes(), name
+    ends = [newest_state(tmp_path/out/"checkpoints")[1] for out in ("straight", "killed")]
+    assert state_digest(ends[0]) == state_digest(ends[1])                        # twin, heads, bank with ids and pointer too
     untimed = [[{k: v for k, v in e.items() if k not in ("seconds", "waited", "images_per_s")} for e in read_log(tmp_path/out/"log.jsonl")] for out in ("straight", "killed")]
     assert untimed[0] == untimed[1]
 
@@ -94,6 +97,30 @@ def test_node_asked_to_stop():
         said = process.communicate(timeout=120)[1]
         assert process.returncode == 75 and "SIGTERM received" in said, (process.returncode, said[-500:])
         assert list((log.parent/"checkpoints").glob("step_*.pt"))
+    finally: shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_run_asked_to_stop(number):
+    "A signal to `adam_nb run` reaches the node that trains; the run leaves with exit code 75 and no lock, and the same command goes on from the saved state to its end."
+    import shutil
+    from adam_nb.config import project_root
+    name = f"stop_run_{os.getpid()}"
+    folder = project_root()/"outputs"/name
+    command = [sys.executable, "-m", "adam_nb.pipeline", "run", "smoke", f"name={name}", "pretrain.steps=[60,40]", "--cores", "1", "--engine=--until pretrain_adam_seed0_stage0"]
+    log = folder/"adam"/"seed0"/"stage0"/"log.jsonl"
+    try:
+        process = subprocess.Popen(command, cwd=project_root(), stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not (log.exists() and '"event": "step"' in log.read_text()): time.sleep(0.05)
+        process.send_signal(number)
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 75 and f"adam_nb: {number.name} received" in said and "Traceback" not in said, (process.returncode, said[-1500:])
+        saved = max(int(p.stem[5:]) for p in (log.parent/"checkpoints").glob("step_*.pt"))
+        assert 0 < saved < 60
+        assert subprocess.run(command, cwd=project_root(), stderr=subprocess.DEVNULL).returncode == 0
+        steps = [e["step"] for e in read_log(log) if e["event"] == "step"]
+        assert steps == sorted(set(steps)) and steps[-1] == 60
     finally: shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -147,6 +174,7 @@ def test_a_killed_worker_is_one_sentence(tmp_path):
 DISK = """
 import resource, sys, yaml
 from adam_nb.config import AdamError
+from adam_nb.outcome import state_digest
 from adam_nb.schedule import PretrainConfig
 from adam_nb.trainer import pretrain
 def fill(done):
