@@ -36,7 +36,7 @@ check: .venv/.ready
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"adam_nb needs Python 3.11 or 3.12, but $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=/path/to/python3.11")'
 	@echo "Setting up .venv: about 3 GB to download with CUDA builds of torch, 0.6 GB with TORCH_INDEX=<the CPU index that pytorch.org names>."
 	@test -x .venv/bin/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) cannot make a virtual environment; install its venv package (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
-	$(if $(TORCH_INDEX),$(PIP) install --progress-bar on -c constraints.txt --index-url $(TORCH_INDEX) torch torchvision)
+	$(if $(TORCH_INDEX),$(PIP) install --progress-bar on -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch torchvision)
 	$(PIP) install --progress-bar on -c constraints.txt -e ".[dev]"
 	@touch $@
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['open_cache', 'split_indices', 'augment_of', 'EpochViews', 'EpochPieces', 'finished_on_device', 'EpochBatches',
-           'stage_loader', 'workers_may_die', 'batches_of', 'level_of', 'validation_batches', 'forewarnings']
+           'stage_loader', 'workers_may_die', 'batches_of', 'level_of', 'validation_batches', 'no_empty_parts',
+           'forewarnings']
 
 # %% ../nbs/13c_feed.ipynb #bb69d379
 import atexit, multiprocessing, os, signal, weakref
@@ -173,6 +174,15 @@ def validation_batches(
     yield from batches_of(DataLoader(views, batch_sampler=plan, num_workers=workers, worker_init_fn=_one_thread, pin_memory=pin, generator=torch.Generator()))
 
 # %% ../nbs/13c_feed.ipynb #b274da1a
+def no_empty_parts(cache: Cache, indices: np.ndarray, stages: list[Stage]):
+    "`AdamError`, before anything is trained, if an image has fewer pixels than the finest level of `stages` has parts."
+    finest = max(n for s in stages for n in s.levels)
+    sizes, least = np.array([cache.size(i) for i in indices]), grid_shape(finest)
+    small = (sizes < least).any(1)
+    if small.any():
+        (h, w), name = sizes[small.argmax()], cache.ids[indices[small.argmax()]]
+        raise AdamError(f"'stages' goes to level {finest}, {least[0]} x {least[1]} parts, which would be empty in {small.sum()} of the {len(sizes)} images in the cache, among them {name} ({h} x {w} pixels); raise 'cache_size' or take lower levels.")
+
 def forewarnings(config: PretrainConfig, cache: Cache, indices: np.ndarray, stage: Stage) -> list[str]:
     "Sentences on settings of a stage that seldom end well."
     out = []

@@ -21,12 +21,12 @@ from .config import AdamError, build, override, read_yaml, to_dict, tqdm
 from .curves import Board, LiveCurves, in_notebook, plot_log
 from .device import thread_count
 from .encoders import load_encoder
-from .feed import forewarnings, open_cache, stage_loader, workers_may_die
-from .loop import Run, Timer, diverged, log_steps, machine, make_optimizer, read_pending, restore, show_table, snapshot, update, validate, versions, warn
+from .feed import forewarnings, no_empty_parts, open_cache, stage_loader, workers_may_die
+from .loop import Run, Timer, diverged, log_steps, machine, make_optimizer, read_pending, restore, show_table, snapshot, update, validate, warn
 from .memory import keep_memory
 from .outcome import PRUNING_PICTURE, PretrainResult, artefacts, export, load_init, state_digest, verify
 from .parts import cut_parts, middle_part, show_pruning
-from .results import read_json, write_json
+from .results import read_json, versions, write_json
 from .schedule import PretrainConfig, Stage, check, essence
 from .signs import look, overview, settled, signs
 
@@ -257,6 +257,7 @@ def _train(config, out, only, start, init_digest, state, progress, arm, on_step,
     "Train what is left of a run, and write its outcome."
     run = ranks.agree(lambda: Run(config, out, open_cache(config, out, progress), _device(config), init_digest if state is None else state["init"], only, progress, on_step))
     ranks.same({"data": run.data}, "prepare the same images on all machines.")
+    if not (state and state["finished"]): ranks.agree(lambda: no_empty_parts(run.cache, run.train if run.val is None else np.concatenate([run.train, run.val]), run.stages[:run.end]))
     run.log = ranks.agree(lambda: _open_log(config, out, state, progress) if ranks.rank() == 0 else _Silent())
     run.curves = LiveCurves(out/"log.jsonl") if progress and in_notebook() else None
     try:

@@ -35,9 +35,39 @@ def film(tmp_path):
 
 # data -------------------------------------------------------------------------------------------------------------
 
-def test_missing_folder(tmp_path): refused(command("check", "folder", tmp_path/"none"), "none")
+def test_missing_folder(tmp_path): refused(command("check", "folder", tmp_path/"none"), "none", "NOT usable")
 
-def test_empty_folder(tmp_path): refused(command("check", "folder", tmp_path), tmp_path.name)
+def test_empty_folder(tmp_path): refused(command("check", "folder", tmp_path), tmp_path.name, "NOT usable")
+
+def said_once(done, *words):
+    "Refused, in a single line on stderr."
+    refused(done, *words)
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+@pytest.mark.parametrize("there", [False, True], ids=["missing", "empty"])
+def test_no_images_to_train_on(tmp_path, there):
+    if there: (tmp_path/"films").mkdir()
+    said_once(trainer(tmp_path, "data=folder", f"data_root={tmp_path/'films'}", "data_options={}"), str(tmp_path/"films"))
+    assert not (tmp_path/"out"/"checkpoints").exists()
+
+def test_unknown_data_set_to_train_on(tmp_path): said_once(trainer(tmp_path, "data=chestxray41"), "chestxray41", "chestxray14")
+
+def test_nothing_is_left_after_skipping(film, tmp_path):
+    for i in range(20): film.with_name(f"broken{i}.png").write_bytes(b"")
+    refused(trainer(tmp_path, "data=folder", f"data_root={film.parent}", "data_options={}", "on_bad=skip", "train_split=null", "val_split=null"), "'batch_size'", "1 training images")
+    film.unlink()
+    refused(trainer(tmp_path, "data=folder", f"data_root={film.parent}", "data_options={}", "on_bad=skip", f"cache={tmp_path/'other'}"), "broken")
+
+def test_parts_without_a_pixel(tmp_path):
+    "Refused before anything is trained, not when the finest stage begins."
+    said_once(trainer(tmp_path, "--quiet", "cache_size=32", "stages=[0, 12]"), "'stages' goes to level 12", "would be empty in", "'cache_size'")
+    assert not (tmp_path/"out"/"checkpoints").exists()
+
+def test_a_state_of_another_backbone(tmp_path):
+    done = trainer(tmp_path, "steps=1", "--only", "0")
+    assert done.returncode == 0, done.stderr
+    said_once(command(ROOT/"params/smoke/pretrain.yaml", "--out", tmp_path/"next", "--only", "1", "--init", tmp_path/"out", f"cache={tmp_path/'cache'}", "steps=1", "backbone=resnet34", module="adam_nb.trainer"), "'backbone' is 'resnet34'", "'resnet18'")
+    assert list((tmp_path/"out"/"checkpoints").glob("*.pt"))
 
 def test_unknown_data_set(tmp_path): refused(command("check", "chestxray41", tmp_path), "chestxray41", "chestxray14")
 
