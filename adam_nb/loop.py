@@ -155,7 +155,10 @@ def restore(run: Run, state: dict):
     run.at = Position(**{k: state[k] for k in ("stage", "step", "global_step", "seconds", "best", "pending", "levels")})
     if state["optimizer"] is not None:
         run.optimizer = make_optimizer(run)
-        if state["config"]["optimizer"] == run.config.optimizer: run.optimizer.load_state_dict(state["optimizer"])
+        if state["config"]["optimizer"] == run.config.optimizer:
+            settings = [{k: g[k] for k in ("weight_decay", "momentum") if k in g} for g in run.optimizer.param_groups]
+            run.optimizer.load_state_dict(state["optimizer"])
+            for group, values in zip(run.optimizer.param_groups, settings): group.update(values)        # the config's, where `accept_changes` has let them change
 
 def make_optimizer(run: Run) -> torch.optim.Optimizer:
     "A fresh optimiser over encoder and head; its rate is set before each update."

@@ -48,7 +48,7 @@ def verify(config: PretrainConfig, state: dict, path: Path, only: int | None, in
     "`AdamError` when the checkpoint in the output folder belongs to another run; with `accept_changes` only when it cannot be gone on from. Returns the parameters that differ."
     if state.get("format") != 1: raise AdamError(f"{path} was written by another version of this project; train into another folder.")
     keys = differing(state["config"], essence(config, only)) if state["only"] == only else ["only"]
-    fixed = state["finished"] or state["stage"] >= len(config.stages) or set(keys) & {"only", *_SHAPE}
+    fixed = state["finished"] or state["stage"] >= len(config.stages) or set(keys) & {"only", "weights", *_SHAPE}
     if keys and (fixed or not accept_changes):
         raise AdamError(f"{path.parent.parent} holds a run with another {' and '.join(keys)}; train into another folder, or delete this one to begin anew{'' if fixed else ', or go on with the new values by accept_changes (--accept-changes)'}.")
     if init_digest is not None and state["init"] != init_digest:
@@ -97,7 +97,7 @@ def export(config: PretrainConfig, state: dict, out: Path, arm: str):
 # %% ../nbs/13d_outcome.ipynb #91711bad
 def thin(rows: list[dict], most: int = 500) -> list[dict]:
     "At most `most` rows: neighbours are averaged; counters keep the last value."
-    group = math.ceil(len(rows) / most)
+    group = math.ceil(len(rows) / most) or 1
     def merge(part):
         return {k: part[-1][k] if not isinstance(part[-1][k], float) else float(np.mean([r[k] for r in part if r[k] is not None])) for k in part[-1]}
     return [merge(rows[i:i + group]) for i in range(0, len(rows), group)]

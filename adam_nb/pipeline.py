@@ -77,7 +77,9 @@ def _passing_on_signals(receivers):
     came = []
     def pass_on(number, _):
         came.append(signal.Signals(number).name)
-        for process, meant in receivers(number):
+        found = list(receivers(number))
+        if not found: raise Interrupted(f"{came[0]} received before anything was at work; the same command goes on.")
+        for process, meant in found:
             with suppress(psutil.Error): process.send_signal(meant)
     numbers = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1") if hasattr(signal, n)] if threading.current_thread() is threading.main_thread() else []
     before = {n: signal.signal(n, pass_on) for n in numbers}
@@ -151,7 +153,8 @@ def run_node(
                    extra_arguments=["--IPKernelApp.log_level=50"])                                             # the kernel's remarks on its own end
     try:
         with _sockets() as config, _passing_on_signals(_kernel) as came: papermill.execute_notebook(str(notebook), str(root/node.executed), parameters, config=config, **options)
-    except DeadKernelError:
+    except (DeadKernelError, RuntimeError) as e:
+        if not isinstance(e, DeadKernelError) and "Kernel died" not in str(e): raise
         if came: raise Interrupted(f"{name}: {came[0]} received; what is in {Path(node.output).parent} stays, and the same command goes on.") from None
         raise AdamError(f"{name}: its kernel has died, most often for want of memory; run fewer nodes at once (--cores 1) or smaller batches. What is in {Path(node.output).parent} stays.") from None
     except PapermillExecutionError as e:
@@ -191,7 +194,8 @@ def _engine(plan_path: Path, cores: int, extra: list[str]) -> int:
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(root/"Snakefile"), "--directory", str(root), "--cores", str(cores),
                *([] if any(e.startswith("--executor") for e in extra) else ["--resources", f"at_once={_at_once()}"]),       # elsewhere, other machines' memory counts
                "--config", f"plan={plan_path}", "--quiet", "all", *extra]
-    return subprocess.run(command, cwd=root).returncode
+    deaf = {} if os.name != "posix" else {"preexec_fn": lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN)}      # it knows SIGTERM alone, and would die of a SIGUSR1 to the whole group, its lock left behind
+    return subprocess.run(command, cwd=root, **deaf).returncode
 
 # %% ../nbs/28_pipeline.ipynb #91089e5d
 def run(
@@ -211,7 +215,9 @@ def run(
     nodes = read_plan(path)
     for r in remarks: print(r, file=sys.stderr)
     with _passing_on_signals(_nodes_and_engine) as came: code = _engine(path, cores or os.cpu_count() or 1, ["--rerun-incomplete", *engine])
-    if code and came: raise Interrupted(f"{came[0]} received: the nodes at work have saved what they had; the same command goes on from there.")
+    if came and code < 0:                # killed before it listened: the lock is ours, or this run had not begun
+        for f in locks.glob("*"): f.unlink(missing_ok=True)
+    if code and came: raise Interrupted(f"{came[0]} received: nodes at work on this machine have saved what they had; the same command goes on from there.")
     if code: raise AdamError(f"The run stopped (see above). What was computed stays; the same command goes on from there. Executed notebooks: {nodes[0].folder}/notebooks")
     return root/nodes[-1].output
 

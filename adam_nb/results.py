@@ -59,7 +59,7 @@ def _commit():
 # %% ../nbs/01_results.ipynb #7193912c
 def versions() -> dict:
     "Python and the packages that results depend on: name -> version."
-    return {"python": platform.python_version()} | {n: _version(n) for n in ("adam_nb", "torch", "torchvision", "numpy", "scikit-learn", "segmentation_models_pytorch")}
+    return {"python": platform.python_version()} | {n: _version(n) for n in ("adam_nb", "torch", "torchvision", "timm", "numpy", "scikit-learn", "segmentation_models_pytorch")}
 
 def provenance() -> dict:
     "What a result must say of its making: package versions, commit, platform, threads, date (UTC)."

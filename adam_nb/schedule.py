@@ -7,7 +7,7 @@ __all__ = ['FREE', 'PrepareConfig', 'PretrainConfig', 'Stage', 'stage_list', 'ch
            'differing']
 
 # %% ../nbs/13_schedule.ipynb #bf16f807
-import dataclasses, math, os
+import dataclasses, math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -186,10 +186,10 @@ def check(config: PretrainConfig) -> PretrainConfig:
         raise AdamError("select: best needs validation images; name a 'val_split', or set select: last.")
     return as_authors(config) if config.recipe == "authors" else config
 
-def _memory() -> float:
+def _memory() -> int:
     "Bytes of this machine's memory."
-    try: return os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError): return math.inf        # not on every system
+    import psutil
+    return psutil.virtual_memory().total
 
 def as_authors(config: PretrainConfig) -> PretrainConfig:
     "`config` with the values that the authors' code has fixed: `recipe: authors` means them whatever else is written."

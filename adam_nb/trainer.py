@@ -257,19 +257,22 @@ def _train(config, out, only, start, init_digest, state, progress, arm, on_step,
     "Train what is left of a run, and write its outcome."
     run = ranks.agree(lambda: Run(config, out, open_cache(config, out, progress), _device(config), init_digest if state is None else state["init"], only, progress, on_step))
     ranks.same({"data": run.data}, "prepare the same images on all machines.")
-    if not (state and state["finished"]): ranks.agree(lambda: no_empty_parts(run.cache, run.train if run.val is None else np.concatenate([run.train, run.val]), run.stages[:run.end]))
+    ranks.agree(lambda: no_empty_parts(run.cache, run.train if run.val is None else np.concatenate([run.train, run.val]), run.stages[:run.end]))
     run.log = ranks.agree(lambda: _open_log(config, out, state, progress) if ranks.rank() == 0 else _Silent())
     run.curves = LiveCurves(out/"log.jsonl") if progress and in_notebook() else None
     try:
         if state:
             then, now = (f"{d['n']} of {d['name']}, hash {d['hash']}" for d in (state["data"], run.data))
             if then != now and not accept_changes: raise AdamError(f"'data': the images have changed since the checkpoint in {out} was written ({then}; now {now}); restore them, train into another folder, or go on by accept_changes (--accept-changes).")
+            if (changed or then != now) and 0 < state["step"] >= run.stages[state["stage"]].steps: raise AdamError(f"The run in {out} has done {state['step']} updates of stage {state['stage']}, which is to have {run.stages[state['stage']].steps} now; give it more 'steps' (or 'epochs'), or train into another folder.")
             restore(run, state)
+            if changed or then != now: run.at.best = None           # its loss is not comparable any more
             for key in changed: warn(run, f"'{key}' was {state['config'].get(key)!r} until update {run.at.global_step}, and is {essence(config, only).get(key)!r} from now on.")
             if then != now:
                 run.model.bank.ids.fill_(-1)        # its numbers mean other images
                 warn(run, f"'data' changed after update {run.at.global_step}: {then}; now {now}. The keys in the bank stay as negatives, but as nobody's own.")
-            for name, now in versions().items():
+            for name in ("adam_nb", "torch", "torchvision", "timm", "numpy"):
+                now = versions()[name]
                 if (was := state.get("versions", {}).get(name, now)) != now: warn(run, f"This run began with {name} {was} and goes on with {now}; results may differ in the last bits.")
             ranks.first(lambda: keep_newest(out/"checkpoints", config.keep, run.at.global_step))      # what is newer could not be read
             for key, now in machine(config).items():

@@ -184,6 +184,22 @@ def test_torn_checkpoint(tmp_path, film):
     (tmp_path/"torn.safetensors").write_bytes(b"\x10\x00")
     refused(command("embed", tmp_path/"torn.safetensors", film), "torn.safetensors")
 
+def test_a_kernel_that_dies(monkeypatch):
+    "For want of memory, say: a sentence, also when it dies while it starts."
+    import shutil
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from adam_nb.config import AdamError
+    from adam_nb.pipeline import run_node, write_plan
+    run = f"never-{os.getpid()}"
+    try:
+        path, _ = write_plan("smoke", run=run)
+        for error in (DeadKernelError("Kernel died"), RuntimeError("Kernel died before replying to kernel_info")):
+            def die(*args, **kwargs): raise error
+            monkeypatch.setattr(papermill, "execute_notebook", die)
+            with pytest.raises(AdamError, match="prepare: its kernel has died, .*--cores 1"): run_node(str(path), "prepare")
+    finally: shutil.rmtree(ROOT/"outputs"/run, ignore_errors=True)
+
 def test_missing_upstream_result(tmp_path):
     from adam_nb.pipeline import read_plan, write_plan
     run = f"never-{os.getpid()}"

@@ -31,8 +31,9 @@ def first():
 
 
 def test_it_ends_with_a_report(first):
-    page = (OUT/"report.html").read_text()
-    assert len(page) > 20_000 and "http" not in page.replace("http://www.w3.org", "").replace("https://doi.org/", "") and "could not be" not in page
+    whole = (OUT/"report.html").read_text()
+    page = re.sub(r"base64,[A-Za-z0-9+/=]+", "base64,", whole)       # letters of a picture mean nothing
+    assert len(whole) > 20_000 and "http" not in page.replace("http://www.w3.org", "").replace("https://doi.org/", "") and "could not be" not in page
     assert page.count("<img ") + page.count("<svg") >= 8 and not re.search(r'(src|href)="(?!data:|#|https://doi)', page)
     assert "adam_nb embed" in first.stdout and f"Report: outputs/{NAME}/report.html" in first.stdout
     assert "first picture: " in first.stderr
@@ -62,7 +63,7 @@ def test_a_second_run_does_nothing(first):
     t = time.perf_counter()
     done = run()
     assert done.returncode == 0 and ran(done) == [], done.stderr
-    assert time.perf_counter() - t < 20          # 2 to 6 s on a quiet machine; here another test runs beside it
+    assert time.perf_counter() - t < 30          # 2 to 6 s on a quiet machine; here another test runs beside it
 
 
 def test_a_locked_checkout_says_so_and_can_be_unlocked(first):

@@ -187,7 +187,8 @@ def test_two_launchers(tmp_path):
         s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     machines = [subprocess.Popen([sys.executable, "-m", "adam_nb.ranks", "--nnodes=2", f"--node_rank={r}", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}", *command(tmp_path, "two")[len(RANKS):]],
                                  env=ENV, stderr=subprocess.PIPE, text=True) for r in range(2)]
-    said = [m.communicate(timeout=120)[1] for m in machines]
+    try: said = [m.communicate(timeout=120)[1] for m in machines]
+    finally: [m.kill() for m in machines]
     assert [m.returncode for m in machines] == [0, 0], said
     same_outcome(tmp_path/"one", tmp_path/"two")
 
