@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from .ablations import ablation, headlines, pruned_structures, question_name
-from .config import AdamError
+from .config import AdamError, tqdm
 from .marks import BLUE, GREY, INK, PAPER, STYLE, VERMILION, arm_style, columns_in, dot, from_run, legend_below, name_rows, new_panels, note, number, smooth, spread
 from .probe_figures import compositionality_densities, correspondence_errors, correspondence_pictures, landmark_maps, level_curves, locality_numbers, one_example, scale_matrices
 from .published import FEW_SHOT, question
@@ -288,6 +288,7 @@ def make_figures(
     out: str | Path | None = None, # where the figures go; default <folder>/figures
     dpi: int = 110,                # of the PNG, and of the points in SVG and PDF
     formats: tuple[str, ...] = ("svg", "pdf", "png"),
+    progress: bool = True,         # a bar over the figures
 ) -> dict:
     """Draw all figures that a run's results allow into `out` (SVG, PDF, PNG) and write `figures.json`: {"figures": {name: {title, svg, pdf, png, from}},
     "missing": {name: why}, "problems": {file: why it could not be read}}, which is returned."""
@@ -295,7 +296,7 @@ def make_figures(
     out = Path(out or run.folder/"figures")
     out.mkdir(parents=True, exist_ok=True)
     made = {"figures": {}, "missing": {}, "problems": run.problems}
-    for p in figure_plan(run):
+    for p in tqdm(figure_plan(run), desc="figures", unit="figure", disable=not progress, leave=False):
         try: fig = p.draw(run)
         except Missing as e:
             made["missing"][p.name] = str(e)

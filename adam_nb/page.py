@@ -17,11 +17,11 @@ from .runs import Run
 def escape(x) -> str: return html.escape(str(x), quote=True)
 
 def table_html(head: list[str], rows: list[list], caption: str = "", numeric: int = 0) -> str:
-    "A table with header cells; columns from `numeric` on are right-aligned numbers. Cells that are `Raw` are HTML already."
+    "A table with header cells, below its caption if it has one; columns from `numeric` on are right-aligned numbers. Cells that are `Raw` are HTML already."
     cell = lambda v, i: f'<td class="n">{cell_html(v)}</td>' if i >= numeric else f"<th scope=\"row\">{cell_html(v)}</th>" if i == 0 else f"<td>{cell_html(v)}</td>"
     body = "".join("<tr>" + "".join(cell(v, i) for i, v in enumerate(r)) + "</tr>" for r in rows)
-    return (f'<div class="wide"><table>{f"<caption>{escape(caption)}</caption>" if caption else ""}<thead><tr>'
-            + "".join(f'<th scope="col"{" class=n" if i >= numeric else ""}>{escape(h)}</th>' for i, h in enumerate(head)) + f"</tr></thead><tbody>{body}</tbody></table></div>")
+    table = '<div class="wide"><table><thead><tr>' + "".join(f'<th scope="col"{" class=n" if i >= numeric else ""}>{escape(h)}</th>' for i, h in enumerate(head)) + f"</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{table}</figure>" if caption else table      # a caption inside the table would be as wide as that, and cut off with it
 
 def gap(why) -> str: return f'<p class="gap">{escape(why)}</p>'
 
@@ -112,9 +112,8 @@ figcaption{color:var(--soft);font-size:.86rem;line-height:1.45;margin-top:.5rem;
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem}.pair figure{margin:.4rem 0}
 .wide{overflow-x:auto;margin:1.1rem 0}
 table{border-collapse:collapse;font-size:.86rem;line-height:1.4;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);padding-bottom:.4rem}
 th,td{padding:.3rem .8rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--grid);font-weight:400}
-thead th{font-weight:600;border-bottom:1.5px solid var(--ink);white-space:nowrap}.n{text-align:right;white-space:nowrap}
+thead th{font-weight:600;border-bottom:1.5px solid var(--ink);vertical-align:bottom}thead .n{white-space:normal;min-width:5.2rem}.n{text-align:right;white-space:nowrap}
 .facts th{color:var(--soft);white-space:nowrap;padding-right:1.4rem}.facts td{overflow-wrap:anywhere}
 .gap{color:var(--mark);font-size:.92rem;border-left:3px solid var(--mark);padding-left:.8rem}
 code,pre{font:.86em/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .config import AdamError, digest
+from .config import AdamError, digest, tqdm
 from .memory import keep_memory
 from .results import read_json, write_json
 
@@ -189,10 +189,12 @@ def embed_jobs(
     if not n: raise AdamError("There are no patches to embed.")
     if kept and (found := kept.read()) and len(found[0]) == n: return found
     out = None
-    for rows, images in _ahead(_batches(records, jobs, batch)):
-        both = embed_batch(eve, images), pixel_features(images)
-        if out is None: out = kept.arrays(n, tuple(x.shape[1] for x in both)) if kept else tuple(np.empty((n, x.shape[1]), np.float32) for x in both)
-        for where, x in zip(out, both): where[rows] = x
+    with tqdm(total=n, desc="embedding", unit="patch", delay=2, leave=False) as bar:        # what takes less than two seconds shows none
+        for rows, images in _ahead(_batches(records, jobs, batch)):
+            both = embed_batch(eve, images), pixel_features(images)
+            if out is None: out = kept.arrays(n, tuple(x.shape[1] for x in both)) if kept else tuple(np.empty((n, x.shape[1]), np.float32) for x in both)
+            for where, x in zip(out, both): where[rows] = x
+            bar.update(len(rows))
     if kept: kept.finish(out)
     return out
 

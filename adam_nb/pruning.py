@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .checkpoint import training_state
-from .config import AdamError, build, to_dict
+from .config import AdamError, build, to_dict, tqdm
 from .data import dataset
 from .decomposer import check_level
 from .device import thread_count
@@ -68,7 +68,7 @@ def draw_sample(model, augment, records: Sequence, level: int, draws: int = 4, s
         if not waiting: return
         for name, f, i in (("q", model.embed_query, 0), ("k", model.embed_key, 1)): out[name].append(np.asarray(f(torch.stack([w[i] for w in waiting])).float().cpu()))
         waiting.clear()
-    for i, r in enumerate(records):
+    for i, r in enumerate(tqdm(records, desc="views", unit="film", delay=2, leave=False)):
         image, full = r.image(), np.array([*r.size, *r.size])
         for j in range(draws):
             pair = random_views(image, level, augment, stream(seed, 0, j, i))
