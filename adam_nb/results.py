@@ -43,6 +43,7 @@ def read_json(path: str | os.PathLike) -> dict:
     except ValueError as e: raise AdamError(f"{path} is not valid JSON ({e}); delete it and run its step again.") from None
 
 # %% ../nbs/01_results.ipynb #506403a9
+@lru_cache
 def _version(name: str):
     from importlib.metadata import PackageNotFoundError, version
     try: return version(name)

@@ -253,6 +253,24 @@ def draw_pruning(run: Run, films: int = 24):
     except OSError as e: warnings.warn(f"The picture {run.out/PRUNING_PICTURE} could not be written ({e.strerror}).", stacklevel=2)      # no reason to lose the last state
 
 # %% ../nbs/13e_trainer.ipynb #5a6a4062
+def _go_on(run: Run, state: dict, only: int | None, accept_changes: bool, changed: list[str]):
+    "Put a checkpoint into a run. `AdamError` for other images that are not accepted, or a stage that is longer than it is to be; what else differs from when it was written is said."
+    then, now = (f"{d['n']} of {d['name']}, hash {d['hash']}" for d in (state["data"], run.data))
+    if then != now and not accept_changes: raise AdamError(f"'data': the images have changed since the checkpoint in {run.out} was written ({then}; now {now}); restore them, train into another folder, or go on by accept_changes (--accept-changes).")
+    if (changed or then != now) and 0 < state["step"] >= run.stages[state["stage"]].steps: raise AdamError(f"The run in {run.out} has done {state['step']} updates of stage {state['stage']}, which is to have {run.stages[state['stage']].steps} now; give it more 'steps' (or 'epochs'), or train into another folder.")
+    restore(run, state)
+    if changed or then != now: run.at.best = None           # its loss is not comparable any more
+    for key in changed: warn(run, f"'{key}' was {state['config'].get(key)!r} until update {run.at.global_step}, and is {essence(run.config, only).get(key)!r} from now on.")
+    if then != now:
+        run.model.bank.ids.fill_(-1)        # its numbers mean other images
+        warn(run, f"'data' changed after update {run.at.global_step}: {then}; now {now}. The keys in the bank stay as negatives, but as nobody's own.")
+    mine, was = versions(), state.get("versions", {})
+    for name in ("adam_nb", "torch", "torchvision", "timm", "numpy"):
+        if was.get(name, mine[name]) != mine[name]: warn(run, f"This run began with {name} {was[name]} and goes on with {mine[name]}; results may differ in the last bits.")
+    ranks.first(lambda: keep_newest(run.out/"checkpoints", run.config.keep, run.at.global_step))      # what is newer could not be read
+    for key, value in machine(run.config).items():
+        if state.get(key, value) != value: warnings.warn(f"This run began with {key}: {state[key]} and goes on with {value}; results then differ in the last bits. Set '{key}' to have them equal.", stacklevel=2)
+
 def _train(config, out, only, start, init_digest, state, progress, arm, on_step, accept_changes=False, changed=()):
     "Train what is left of a run, and write its outcome."
     run = ranks.agree(lambda: Run(config, out, open_cache(config, out, progress), _device(config), init_digest if state is None else state["init"], only, progress, on_step))
@@ -261,22 +279,7 @@ def _train(config, out, only, start, init_digest, state, progress, arm, on_step,
     run.log = ranks.agree(lambda: _open_log(config, out, state, progress) if ranks.rank() == 0 else _Silent())
     run.curves = LiveCurves(out/"log.jsonl") if progress and in_notebook() else None
     try:
-        if state:
-            then, now = (f"{d['n']} of {d['name']}, hash {d['hash']}" for d in (state["data"], run.data))
-            if then != now and not accept_changes: raise AdamError(f"'data': the images have changed since the checkpoint in {out} was written ({then}; now {now}); restore them, train into another folder, or go on by accept_changes (--accept-changes).")
-            if (changed or then != now) and 0 < state["step"] >= run.stages[state["stage"]].steps: raise AdamError(f"The run in {out} has done {state['step']} updates of stage {state['stage']}, which is to have {run.stages[state['stage']].steps} now; give it more 'steps' (or 'epochs'), or train into another folder.")
-            restore(run, state)
-            if changed or then != now: run.at.best = None           # its loss is not comparable any more
-            for key in changed: warn(run, f"'{key}' was {state['config'].get(key)!r} until update {run.at.global_step}, and is {essence(config, only).get(key)!r} from now on.")
-            if then != now:
-                run.model.bank.ids.fill_(-1)        # its numbers mean other images
-                warn(run, f"'data' changed after update {run.at.global_step}: {then}; now {now}. The keys in the bank stay as negatives, but as nobody's own.")
-            for name in ("adam_nb", "torch", "torchvision", "timm", "numpy"):
-                now = versions()[name]
-                if (was := state.get("versions", {}).get(name, now)) != now: warn(run, f"This run began with {name} {was} and goes on with {now}; results may differ in the last bits.")
-            ranks.first(lambda: keep_newest(out/"checkpoints", config.keep, run.at.global_step))      # what is newer could not be read
-            for key, now in machine(config).items():
-                if state.get(key, now) != now: warnings.warn(f"This run began with {key}: {state[key]} and goes on with {now}; results then differ in the last bits. Set '{key}' to have them equal.", stacklevel=2)
+        if state: _go_on(run, state, only, accept_changes, changed)
         elif start:
             run.model.load_state_dict(start["model"])
             run.at.global_step = start["global_step"]
