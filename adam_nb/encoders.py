@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import AdamError, nearest
 from .foreign import Reading, readings
-from .model import BACKBONES, NORMALISATION, Encoder, create_encoder
+from .model import BACKBONES, CONVNEXTS, NORMALISATION, Encoder, create_encoder, network_name
 from .results import provenance
 
 # %% ../nbs/12_encoders.ipynb #a88fa467
@@ -223,10 +223,10 @@ def load_encoder(
     Never executes code from the file. `AdamError` when the file is absent, damaged or unsafe, or when less than 95 % of the encoder is in it.
     """
     content, card = _read(path)
-    named = (card or {}).get("backbone")
+    named, backbone = (card or {}).get("backbone"), network_name(backbone) if backbone else None
     if named and backbone and backbone != named: raise AdamError(f"{path} holds a {named}, you asked for {backbone}; leave backbone out.")
     backbone = backbone or named
-    if backbone and not backbone.startswith("timm:") and backbone not in BACKBONES: raise AdamError(f"There is no backbone '{backbone}'.{nearest(backbone, BACKBONES)}")
+    if backbone and not backbone.startswith("timm:") and backbone not in BACKBONES: raise AdamError(f"There is no backbone '{backbone}'.{nearest(backbone, BACKBONES + CONVNEXTS)}")
     places = list(_state_dicts(content))
     found = [readings(state) for _, state in places]
     best = None

@@ -172,6 +172,18 @@ def _convnext_names(state: dict) -> dict:
         out[re.sub(r"^norm\.", "head.norm.", key)] = value
     return out
 
+def _torchvision_convnext(state: dict) -> dict:
+    inner = {"block.0.": "conv_dw.", "block.2.": "norm.", "block.3.": "mlp.fc1.", "block.5.": "mlp.fc2.", "layer_scale": "gamma"}
+    out = {}
+    for key, value in state.items():
+        if m := re.fullmatch(r"features\.0\.([01])\.(.*)", key): key = f"stem.{m[1]}.{m[2]}"
+        elif m := re.fullmatch(r"features\.([246])\.([01])\.(.*)", key): key = f"stages.{int(m[1])//2}.downsample.{m[2]}.{m[3]}"
+        elif m := re.fullmatch(r"features\.([1357])\.(\d+)\.(.*)", key):
+            key = f"stages.{int(m[1])//2}.blocks.{m[2]}." + next((m[3].replace(old, new, 1) for old, new in inner.items() if m[3].startswith(old)), m[3])
+            if m[3] == "layer_scale": value = value.flatten()
+        out[re.sub(r"^classifier\.0\.", "head.norm.", key)] = value
+    return out
+
 _CONVNEXTS = {((3, 3, 9, 3), 96): "tiny", ((3, 3, 27, 3), 96): "small", ((3, 3, 27, 3), 128): "base", ((3, 3, 27, 3), 192): "large", ((3, 3, 27, 3), 256): "xlarge",
               ((2, 2, 6, 2), 40): "atto", ((2, 2, 6, 2), 48): "femto", ((2, 2, 6, 2), 64): "pico", ((2, 2, 8, 2), 80): "nano"}
 _DENSENETS = {(6, 12, 24, 16): "densenet121", (6, 12, 36, 24): "densenet161", (6, 12, 32, 32): "densenet169", (6, 12, 48, 32): "densenet201"}
@@ -216,6 +228,7 @@ _FAMILIES = (
     _Family("a Swin transformer", "layers.0.blocks.0.attn.qkv.weight", _swin_names, _swin), _Family("a Swin transformer", "features.1.0.attn.qkv.weight", _torchvision_swin, _swin),
     _Family("a Swin transformer", "stages.0.blocks.0.attn.w_msa.qkv.weight", _openmm_swin, _swin),
     _Family("a ConvNeXt", "stages.0.0.dwconv.weight", _convnext_names, _convnext), _Family("a ConvNeXt", "stages.0.blocks.0.conv_dw.weight", dict, _convnext),
+    _Family("a ConvNeXt", "features.1.0.block.0.weight", _torchvision_convnext, _convnext),
     _Family("a DenseNet", "features.denseblock1.denselayer1.conv1.weight", dict, _densenet),
 )
 

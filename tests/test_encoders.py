@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from adam_nb.config import AdamError
 from adam_nb.encoders import describe, load_encoder
-from adam_nb.model import NORMALISATION
+from adam_nb.model import NORMALISATION, create_encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 1, "patch_size": 8, "img_size": 32, "num_classes": 0}
@@ -48,6 +48,7 @@ def pooled(net, x):
         tokens = torch.cat([net.class_token.expand(len(x), -1, -1), net._process_input(x)], 1)
         return net.encoder(tokens)[:, 1:].mean(1)
     if isinstance(net, torchvision.models.SwinTransformer): return net.norm(net.features(x)).mean((1, 2))
+    if isinstance(net, torchvision.models.ConvNeXt): return net.features(x).mean((2, 3))
     f = net.forward_features(x)
     return f[:, net.num_prefix_tokens:].mean(1) if f.ndim == 3 else f.mean((1, 2)) if f.shape[-1] == net.num_features else f.mean((2, 3))
 
@@ -219,6 +220,16 @@ def test_convnext_of_vicregl(tmp_path):
     original = renamed(s, (r"^stem\.", "downsample_layers.0."), (r"^stages\.(\d)\.downsample\.", r"downsample_layers.\1."), (r"\.blocks\.", "."), (r"conv_dw", "dwconv"), (r"mlp\.fc1", "pwconv1"), (r"mlp\.fc2", "pwconv2"), (r"^head\.norm", "norm"))
     loads(tmp_path, {"model": under("module.backbone.", original)}, net, expect="timm:convnext_atto", side=64)
     loads(tmp_path, s, net, expect="timm:convnext_atto", side=64)
+
+
+def test_convnext_of_torchvision(tmp_path):
+    net = alive(torchvision.models.convnext_tiny())
+    with torch.no_grad():
+        for name, v in net.named_parameters():
+            if name.endswith("layer_scale"): v.uniform_(.2, .5)         # as it begins, a block adds next to nothing, and its faults would not be seen
+    loads(tmp_path, net.state_dict(), net, expect="timm:convnext_tiny", side=64)
+    loads(tmp_path, under("module.encoder_q.", net.state_dict()), net, "convnext_tiny", side=64)
+    assert create_encoder("convnext_tiny", 1, seed=0).backbone == "timm:convnext_tiny"
 
 
 def test_densenet_of_torchvision(tmp_path):
