@@ -29,10 +29,9 @@ from .encoders import load_encoder
 from .finetune import Arrays, fit, predict, start_encoder, to_square
 from .layouts import find_files
 from .metrics import counts, overlap_scores
-from .model import BACKBONES
 from .pairs import load_pairs, open_with
 from .results import provenance, write_json
-from .segment import Segmenter, dice_bce, load_segmenter, save_segmenter, show_segmentation
+from .segment import Segmenter, dice_bce, load_segmenter, save_segmenter, show_segmentation, unet
 
 # %% ../nbs/18e_own.ipynb #5630eb3a
 @dataclass
@@ -101,7 +100,8 @@ def fit_segmenter(
     `AdamError` for a mask without an image, of another size, with many values or of values that nothing names; for images that cannot be read; for an encoder that no U-Net takes."""
     config, out, t0 = config or OwnConfig(), Path(out), time.perf_counter()
     start, about = start_encoder(encoder)
-    if start.backbone not in BACKBONES: raise AdamError(f"{about['path'] or 'The encoder'} is a {start.backbone}, but the U-Net takes {', '.join(BACKBONES)} only; pretrain one of those, or load it from elsewhere.")
+    try: unet(start, 1)          # before any image is read
+    except AdamError as e: raise AdamError(f"{about['path'] or 'The encoder'}: {e}") from None
     data, values, without = load_pairs(images, masks, config.size, start.in_channels, config.patient)
     with thread_count(config.threads):
         estimate = cross_validate(start, data, config, progress) if config.folds else None

@@ -121,7 +121,7 @@ def test_an_encoder_of_another_input_size():
     vit = create_encoder("timm:vit_tiny_patch16_224", 1, seed=0)
     refused(lambda: run_classify(dataclasses.replace(CLASSIFY, size=40), vit, progress=False), "40 × 40", "choose a size")
     refused(lambda: run_segment(dataclasses.replace(SEGMENT, size=40), progress=False), "size is 40", "divisible by 32")
-    refused(lambda: run_segment(SEGMENT, vit, progress=False), "U-Net takes the encoders resnet18", "vit_tiny")
+    refused(lambda: run_segment(SEGMENT, vit, progress=False), "No U-Net can be built around timm:vit_tiny", "ResNet")
 
 def test_an_encoder_of_another_channel_count():
     eyes = dataclasses.replace(SEGMENT, task="drive_phantom", data_options=OPTIONS | {"n": 20})
