@@ -32,8 +32,9 @@ def _percent(scores: dict) -> str: return ", ".join(f"{name} {100 * v:.0f} %" fo
 
 def _cmd_fit_segmenter(a):
     from adam_nb.config import build, override
+    from adam_nb.eve import Eve
     from adam_nb.own import OwnConfig, fit_segmenter
-    card = fit_segmenter(a.checkpoint, a.images, a.masks, a.out, build(OwnConfig, override({}, a.options), "fit-segmenter"), progress=sys.stderr.isatty())
+    card = fit_segmenter(Eve.load(a.checkpoint, a.backbone) if a.backbone else a.checkpoint, a.images, a.masks, a.out, build(OwnConfig, override({}, a.options), "fit-segmenter"), progress=sys.stderr.isatty())
     print(f"{Path(a.out)/'segmenter.safetensors'}: {', '.join(card['names'])}; fitted to {card['n']['images']} images ({card['n']['images_without_mask']} more have no mask) in {card['wall_time_s']:.0f} s")
     print(f"  Dice on the images it was fitted to: {_percent(card['on_its_own_training_images'])} (looks better than it is; {Path(a.out)/'training.png'} shows them)")
     if isinstance(card["held_out"], dict): print(f"  Dice on images held out:             {_percent({n: s['dice_image'] for n, s in card['held_out'].items()})} ({card['recipe']['folds']} folds)")
@@ -77,8 +78,9 @@ def add_commands(sub) -> None:
     e.set_defaults(do=_cmd_embed)
     f = sub.add_parser("fit-segmenter", help="fit a segmenter to a handful of masks, with a checkpoint's encoder inside",
                        description="Fit a U-Net around an encoder to the images that have a mask: a PNG with the image's name and size, binary, or with values that labels.json beside the masks names ({\"1\": \"heart\"}).")
-    f.add_argument("checkpoint", help="encoder: ours, torchvision, timm, MoCo ... (ResNets)"); f.add_argument("images", help="folder"); f.add_argument("masks", help="folder of PNG masks, or of a folder for each structure")
+    f.add_argument("checkpoint", help="encoder: ours, torchvision, timm, MoCo ...: a network whose maps shrink by halves, which a ViT's do not"); f.add_argument("images", help="folder"); f.add_argument("masks", help="folder of PNG masks, or of a folder for each structure")
     f.add_argument("options", nargs="*", metavar="key=value", help="e.g. size=256 steps=300 folds=3 device=cuda"); f.add_argument("--out", required=True, metavar="DIR", help="where the segmenter goes")
+    f.add_argument("--backbone", help="for checkpoints that do not say, e.g. resnet50 or timm:NAME")
     f.set_defaults(do=_cmd_fit_segmenter)
     s = sub.add_parser("segment", help="outline images with a segmenter of fit-segmenter", description="Writes masks/ (PNG, each at its image's size), overlay.png to look at, and segmentation.csv with the most uncertain images first.")
     s.add_argument("segmenter", help="folder of fit-segmenter, or a segmenter's file"); s.add_argument("images", nargs="+", metavar="IMAGES", help="files or folders")

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .config import AdamError, nearest
+from .config import CONVNEXTS, AdamError, nearest, network_name
 from .foreign import Reading, readings
-from .model import BACKBONES, CONVNEXTS, NORMALISATION, Encoder, create_encoder, network_name
+from .model import BACKBONES, NORMALISATION, Encoder, create_encoder
 from .results import provenance
 
 # %% ../nbs/12_encoders.ipynb #a88fa467
@@ -182,7 +182,7 @@ def _shapes(backbone: str) -> dict:
 
 # %% ../nbs/12_encoders.ipynb #65584dbb
 _SIGNS = {"a Swin transformer": r"layers\.\d\.blocks\.\d+\.attn", "a ViT": r"blocks\.\d+\.attn\.|cls_token|encoder_layer_\d+\.self_attention|encoder\.layer\.\d+\.attention",
-          "a ResNet": r"layer[1-4]\.\d+\.conv1", "a ConvNeXt": r"dwconv|conv_dw\.weight.*|stages\.\d\.blocks\.\d+\.gamma", "a DenseNet": r"denseblock\d", "a VGG": r"features\.\d+\.weight",
+          "a ResNet": r"layer[1-4]\.\d+\.conv1", "a ConvNeXt": r"dwconv|conv_dw\.weight.*|stages\.\d\.blocks\.\d+\.gamma|features\.\d\.\d+\.(?:block\.0\.weight|layer_scale)", "a DenseNet": r"denseblock\d", "a VGG": r"features\.\d+\.weight",
           "an EfficientNet": r"conv_stem|_blocks\.\d+\._depthwise_conv"}
 
 def _family(backbone: str) -> str | None:

@@ -98,8 +98,8 @@ class Eve:
     @classmethod
     def random(cls, backbone: str = "resnet50", in_channels: int = 3, seed: int = 0, size: int = 224, level: int | None = None, device: str | None = None) -> "Eve":
         "An untrained encoder: the arm `random`. `size` and `level` as of the arms it is compared with."
-        card = {"backbone": backbone, "in_channels": in_channels, "untrained": True, "seed": seed, "config": {"view_size": size, "stages": [] if level is None else [level]}}
-        return cls(create_encoder(backbone, in_channels, seed), card, device)
+        encoder = create_encoder(backbone, in_channels, seed)
+        return cls(encoder, {"backbone": encoder.backbone, "in_channels": in_channels, "untrained": True, "seed": seed, "config": {"view_size": size, "stages": [] if level is None else [level]}}, device)
 
     def save(self, path):
         "Write safetensors with the card (normalisation, config, data manifest hash). Returns the path."

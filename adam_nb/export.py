@@ -154,7 +154,7 @@ def export(
     name: str | None = None,            # in the model card; default: the checkpoint's arm and network
     **load,                             # backbone, in_channels, mean, std of `load_encoder`
 ) -> list[Path]:                        # the files that were written, the model card last
-    "Write an encoder in the layout of another library, with a model card. `AdamError` for an unknown layout, or one that the network does not exist in."
+    "Write an encoder in the layout of another library, with a model card. `AdamError` for an unknown layout, or for torchvision and smp in the form of a network that is no ResNet of torchvision."
     if layout not in LAYOUTS: raise AdamError(f"There is no layout '{layout}'.{nearest(layout, LAYOUTS)}")
     encoder, card = load_encoder(checkpoint, **load)
     if layout in ("torchvision", "smp") and encoder.backbone not in BACKBONES:

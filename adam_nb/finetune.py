@@ -219,7 +219,7 @@ def fit(
             x, moved = augment(x, y if y.ndim == 4 else None, generator)
             y = y if moved is None else moved
         x, t = x.contiguous(memory_format=torch.channels_last), time.perf_counter()
-        value = _step(model, optimiser, loss, x, y, precision)
+        with seeded(*seed, 2, step): value = _step(model, optimiser, loss, x, y, precision)       # networks that drop paths throw dice
         worked += time.perf_counter() - t
         if not math.isfinite(value): raise AdamError(f"The loss is {value} at step {step} of {steps}; lower lr (now {lr}) or use precision fp32.")
         series["loss"].append(value); series["lr"].append(rate)

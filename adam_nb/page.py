@@ -59,7 +59,7 @@ def inline_svg(
     return svg.replace("<svg", f"<svg{label}", 1).strip()
 
 # %% ../nbs/24a_page.ipynb #8a500294
-_BUDGET = 3_600_000        # bytes of embedded pixel pictures, as base64, so that a file with five arms stays below 6 MB
+_BUDGET = 3_600_000        # bytes of embedded pixel pictures, as base64: with the drawings and numbers of five arms a file of about 6 MB
 
 class Album:
     "Embeds the pictures of a run until the budget is spent."
@@ -109,7 +109,6 @@ a{color:var(--link)}
 figure{margin:1.4rem 0}figure svg,figure img{display:block;width:100%;height:auto;max-width:100%}
 figure img{background:#fff;border-radius:6px;padding:4px}
 figcaption{color:var(--soft);font-size:.86rem;line-height:1.45;margin-top:.5rem;max-width:48rem}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(17rem,1fr));gap:1rem}.pair figure{margin:.4rem 0}
 .wide{overflow-x:auto;margin:1.1rem 0}
 table{border-collapse:collapse;font-size:.86rem;line-height:1.4;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .8rem .3rem 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--grid);font-weight:400}
@@ -124,7 +123,7 @@ footer{margin-top:4rem;color:var(--soft);font-size:.82rem}
 .skip{position:absolute;left:-99rem}.skip:focus{left:1rem;top:1rem;background:var(--card);padding:.5rem}
 @media(max-width:64rem){.page{display:block}nav{position:static;max-height:none;margin-bottom:2rem}}
 @media(max-width:40rem){.facts th{white-space:normal;min-width:7rem}figure{overflow-x:auto}figure svg{min-width:40rem;max-width:none}}
-@media print{:root{--paper:#fff;--ink:#000;--soft:#444;--grid:#ccc;--card:#fff;--link:#000;--mark:#7a3b00}body{font-size:10.5pt}.page{display:block;padding:0;max-width:none}nav{position:static}h2{break-after:avoid}figure,tr,pre{break-inside:avoid}.wide{overflow:visible}}
+@media print{:root{--paper:#fff;--ink:#000;--soft:#444;--grid:#ccc;--card:#fff;--link:#000;--mark:#7a3b00}body{font-size:10.5pt}.page{display:block;padding:0;max-width:none}nav{position:static}h2{break-after:avoid}figure,tr,pre{break-inside:avoid}figure:has(table){break-inside:auto}.wide{overflow:visible}}
 """
 
 # %% ../nbs/24a_page.ipynb #4fdf73b0

@@ -176,7 +176,7 @@ def refresh_report(
     first = not path.is_file()
     if not first and time.time() - path.stat().st_mtime < every: return
     from adam_nb.report import write_report
-    try: write_report(project_root()/folder, path)
+    try: write_report(project_root()/folder, path, progress=False)
     except Exception as e:      # a drawing must not cost the node's result, which the engine deletes when the node fails; the report node itself is not so lenient
         _say(f"    {path.name} could not be refreshed ({type(e).__name__}: {e}); the results stay")
         return

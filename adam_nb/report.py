@@ -16,7 +16,7 @@ from . import ablations, figures, marks, probe_figures, transfer
 from .config import digest, tqdm
 from .figures import Planned, few_shot_points, figure_plan, numbers
 from .page import Album, Raw, cell_html, escape, gap, inline_svg, page_html, table_html
-from .runs import Missing, Run, arm_name, arms_of, chain_folders, curve, inside, pretraining, probe_results, read_run, seeds_of, waiting
+from .runs import Missing, Run, arm_name, arms_of, curve, inside, pretraining, probe_results, read_run, seeds_of, waiting
 
 # %% ../nbs/25_report.ipynb #24a50450
 def _svg(run: Run, p: Planned) -> str:
@@ -191,14 +191,25 @@ def _few_table(run: Run) -> str:
     return _frame(table, f"Structure and labelled films: mean ± standard deviation (%), and the lead of the best over the second best of the same kind.{dagger}")
 
 def _ahead(every: list[dict]) -> list[str]:
-    "Two sentences from `transfer.standings`: how often the target is ahead of its rival, and what the tests say."
-    tested = [r for r in every if r["test"]]
-    if not tested: return []
-    ahead, clear = (sum(bool(ok(r)) for r in tested) for ok in (lambda r: r["test"]["mean"] > 0, lambda r: r["p_holm"] < 0.05))
-    ones = {r["what"] for r in tested} == {"draws"}
-    aside = "" if any(r["other"].startswith("adam_") for r in tested) else ", variants of it aside,"
-    return [f"{arm_name(tested[0]['target'])} is ahead of its best rival{aside} in {ahead} of {len(tested)} questions.",
-            f"By Welch's test, corrected by Holm for the number of questions, {clear} of these differences have p below 0.05" + ("; the runs are draws of films for one encoder per arm, so that ranks encoders and not methods." if ones else ".")]
+    "Two sentences from `transfer.standings`: how Adam stands to its best rival (without Adam: who is first), and what the tests say."
+    every = [r for r in every if r["test"]]
+    if not every: return []
+    count = lambda rows, ok: sum(bool(ok(r)) for r in rows)
+    with_adam = [r for r in every if r["target"] == "adam"]
+    strangers = [r for r in with_adam if not r["other"].startswith("adam_")]
+    asked = strangers or with_adam or every
+    tested = [r for r in asked if math.isfinite(r["p_holm"])]
+    clear = [r for r in tested if r["p_holm"] < 0.05]
+    if with_adam:
+        first = f"Adam is ahead of the best {'other arm, variants of it aside,' if strangers else 'of its variants'} in {count(asked, lambda r: r['test']['mean'] > 0)} of {len(asked)} questions."
+        found = f"{count(clear, lambda r: r['test']['mean'] > 0)} in its favour and {count(clear, lambda r: r['test']['mean'] < 0)} against it"
+    else:
+        leads = [r["target"] for r in asked]
+        first = "First in " + "; ".join(f"{leads.count(a)} of {len(asked)} questions: {arm_name(a)}" for a in dict.fromkeys(leads)) + "."
+        found = f"{len(clear)} of the leads over the second, each chosen by its result, which flatters it"
+    if not tested: return [first, "None of these differences could be tested: that takes two runs of an arm."]
+    ones = "; the runs are draws of films for one encoder per arm, so that ranks encoders and not methods." if {r["what"] for r in tested} == {"draws"} else "."
+    return [first, f"Of the {len(tested)} that could be tested, these have p below 0.05 (Welch's test, Holm's correction): {found}{ones}"]
 
 def _transfer(run: Run, album: Album) -> str:
     try: table = transfer.transfer_table(run)
@@ -269,7 +280,8 @@ def _differences(run: Run, album: Album) -> str:
                 f"If nothing differed, about {0.05 * len(every):.1f} of {len(every)} intervals would exclude zero by chance. The pairs named in the sections above were chosen by their results, which flatters their intervals."]
     elif both:
         ahead = sum(c["better"] * c["mean"] > 0 for c in both)
-        said = ["With one pretraining seed a difference between arms has no interval: another seed might turn it round.", f"In this one, {arm_name(both[0]['target'])} is ahead in {ahead} of {len(both)} comparisons of a headline number with another arm."]
+        said = ["No two arms share more than one finished pretraining seed" + (" yet" if len(seeds_of(run)) > 1 else "") + ", so a difference between them has no interval: another seed might turn it round.",
+                f"With that one, {arm_name(both[0]['target'])} is ahead in {ahead} of {len(both)} comparisons of a headline number with another arm."]
     return _says(*said) + _figures(run, "differences", "ablation")
 
 # %% ../nbs/25_report.ipynb #a6167e58
@@ -316,7 +328,7 @@ SECTIONS: list[tuple[str, str, Callable]] = [
 def write_report(
     folder: str | Path,              # a run's folder, at any stage of the run
     path: str | Path | None = None,  # the file to write; default <folder>/report.html
-    progress: bool = False,          # a bar over the sections
+    progress: bool = True,           # a bar over the sections
 ) -> Path:
     """Write the report of a run as one self-contained HTML file (about 6 MB with five arms; 0.2 kB more for each number) and return its path.
 

@@ -11,7 +11,7 @@ import dataclasses, math
 from dataclasses import dataclass
 from typing import Literal
 
-from .config import AdamError, build, to_dict
+from .config import AdamError, build, network_name, to_dict
 
 # %% ../nbs/13_schedule.ipynb #0f28b794
 @dataclass
@@ -169,6 +169,7 @@ def check(config: PretrainConfig) -> PretrainConfig:
     config = build(PretrainConfig, {f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     for key, (words, holds) in _RULES.items():
         if not holds(getattr(config, key)): raise AdamError(f"'{key}' is {getattr(config, key)!r}, but must be {words}.")
+    config = dataclasses.replace(config, backbone=network_name(config.backbone))       # one network, one name: results and states are compared by it
     _levels(config)
     if (config.steps is None) == (config.epochs is None):
         raise AdamError("Give a stage's length once: 'steps' or 'epochs', and set the other to null.")

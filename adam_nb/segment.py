@@ -41,15 +41,17 @@ def unet(
 ) -> nn.Module:
     "smp's U-Net with `encoder` inside. `AdamError` for a network whose maps do not shrink by halves, such as a ViT."
     import segmentation_models_pytorch as smp            # slow to import; only those who train need it
-    name, options = (encoder.backbone, {}) if encoder.backbone in BACKBONES else timm_options(encoder.backbone)
-    try:
-        with seeded(seed, 0x5E6): net = smp.Unet(name if encoder.backbone in BACKBONES else f"tu-{name}", encoder_weights=None, in_channels=encoder.in_channels, classes=channels, **options)
-    except (RuntimeError, TypeError, ValueError) as e:
-        raise AdamError(f"No U-Net can be built around {encoder.backbone} ({e}); it needs a network whose maps shrink by halves: a ResNet, ConvNeXt, DenseNet, Swin or another convolutional network of timm.") from None
-    inner, flat = getattr(net.encoder, "model", net.encoder), lambda k: k.replace(".", "_")      # timm writes stages_0.blocks for stages.0.blocks where it gives out maps
+    ours = encoder.backbone in BACKBONES
+    name, options = (encoder.backbone, {}) if ours else timm_options(encoder.backbone)
+    if claimed := sorted({"depth", "output_stride", "weights"} & options.keys()): raise AdamError(f"No U-Net can be built around {encoder.backbone}: segmentation_models_pytorch takes '{claimed[0]}' for an option of its own; use a network without it.")
+    flat = lambda k: k.replace(".", "_")      # timm writes stages_0.blocks for stages.0.blocks where it gives out maps
     weights = {flat(k): v for k, v in encoder.body.state_dict().items()}
-    if absent := [k for k in inner.state_dict() if flat(k) not in weights]: raise AdamError(f"No U-Net can be built around {encoder.backbone}: its weights have no {absent[0]}, which the U-Net's encoder needs.")
-    inner.load_state_dict({k: weights[flat(k)] for k in inner.state_dict()}, strict=True)
+    try:
+        with seeded(seed, 0x5E6): net = smp.Unet(name if ours else f"tu-{name}", encoder_weights=None, in_channels=encoder.in_channels, classes=channels, **options)
+        inner = net.encoder if ours else net.encoder.model
+        inner.load_state_dict({k: weights[flat(k)] for k in inner.state_dict()}, strict=True)
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:        # what timm and smp raise for networks that cannot give out maps
+        raise AdamError(f"No U-Net can be built around {encoder.backbone} ({type(e).__name__}: {e}); it needs a network of which timm gives out maps that shrink by halves (features_only): a ResNet, ConvNeXt, DenseNet, Swin or another convolutional network.") from None
     quick_on_small_maps(net.encoder)
     return net
 

@@ -81,7 +81,7 @@ def transfer_bars(run, used) -> Figure:
     what = list(dict.fromkeys(r["what"] for r in every))
     n = sorted({v["n"] for r in every for v in r["arms"].values()})
     note(fig, f"Bars: mean ± standard deviation over {' or '.join(what)}, n = {'–'.join(map(str, n[::max(1, len(n) - 1)]))}" + ("; one encoder per arm" if what == ["draws"] else "")
-         + ". Marks: Welch's t-test, " + f"{arm_name(every[0]['target'])} against the best arm that is no variant of it, Holm over {sum(np.isfinite(r['p_holm']) for r in every)} tests: * < 0.05, ** < 0.01, *** < 0.001. Axes do not begin at 0.")
+         + ". Marks: Welch's t-test, " + ("Adam against the best arm that is no variant of it" if all(r["target"] == "adam" for r in every) else "Adam (where it is not: the first) against the best other arm") + f", Holm over {sum(np.isfinite(r['p_holm']) for r in every)} tests: * < 0.05, ** < 0.01, *** < 0.001. Axes do not begin at 0.")
     return fig
 
 def _bars(ax, r: dict, arms: list[str]):

@@ -89,7 +89,7 @@ def loads(tmp_path, content, source, backbone=None, channels=3, expect=None, sid
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in NORMALISATION[channels])
     with torch.no_grad(): truth, got = pooled(source, (x - mean)/std), encoder(x)
     assert truth.std() > .01
-    torch.testing.assert_close(got, truth, rtol=eps, atol=eps)
+    torch.testing.assert_close(got, truth, rtol=eps, atol=eps*max(1, truth.std()))       # deep networks with made-up weights give features of millions, and a few near 0 among them
     return card
 
 
