@@ -293,9 +293,12 @@ def test_monitor(lab):
     e.changes(e.button("look again"))
     assert e.ask("explorer.progress['state']") == "finished"
     (run/"log.jsonl").unlink()
-    e.button("look again")()
+    e.changes(e.button("look again"))
+    assert e.ask("explorer.progress['state']") == "waiting"                              # a run that is to begin again
+    e.changes(lambda: write({"event": "stage_start", "stage": 0, "levels": [4], "global_step": 0, "steps": 200, "n_images": 512}, *(step(k) for k in range(10, 100, 10))) or e.button("look again")())
+    e.enter("run", "/no/such/run")()
     e.page.wait_for_selector(".adam-explorer [role=alert]")
-    assert "There is no log" in e.message()
+    assert "no run /no/such/run" in e.message()
     e.finish()
 
 
