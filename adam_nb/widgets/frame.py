@@ -57,12 +57,19 @@ class _Setting:
     def __get__(self, explorer, owner=None): return self if explorer is None else explorer._values.get(self.name, self.default)
     def __set__(self, explorer, value):
         if explorer.broken: raise AdamError(explorer.problem)
-        value = self.check(explorer, value)
+        try: value = self.check(explorer, value)
+        except (OverflowError, TypeError, ValueError) as e: raise AdamError(f"{self.name} cannot be {value!r} ({e}).") from None
         if self.name in explorer._values and _same(explorer._values[self.name], value): return
-        with explorer.together():
-            explorer._values[self.name] = value
-            explorer.follow(self.name)
-            explorer._show_value(self.name)
+        before = dict(explorer._values)
+        try:
+            with explorer.together():
+                explorer._values[self.name] = value
+                explorer.follow(self.name)
+                explorer._show_value(self.name)
+        except AdamError:                   # a film that cannot be read, say: the state stays as it was
+            explorer._values = before
+            for name in explorer._bound: explorer._show_value(name)
+            raise
 
 def _same(a, b) -> bool:
     "Whether a setting has not changed; arrays and data sets are compared as objects."
@@ -123,7 +130,7 @@ class Explorer:
     "Base of all explorers. A subclass has settings, `pictures()` (the state as PIL pictures, one for each pad), and perhaps `controls()` and `follow(name)` for what else changes with a setting."
     def __init__(self, **values):
         self._values, self._bound, self._pads, self._front, self._depth, self._dirty = {}, {}, [], None, 0, False
-        self.problem, self.broken, self.draws = "", False, 0
+        self.problem, self.broken, self.draws, self._quiet = "", False, 0, False
         try:
             self.open(**values)
         except AdamError as e: self.problem, self.broken = str(e), True     # told in the front; a notebook goes on
@@ -149,7 +156,7 @@ class Explorer:
         if not self._depth: self.redraw()
 
     def redraw(self):
-        "Draw the state into the front, if there is one."
+        "Draw the state into the front, if there is one. `AdamError` for pictures that cannot be made."
         self._dirty = False
         if self._front is None or self.broken: return
         self.arrange()
@@ -165,16 +172,17 @@ class Explorer:
         self.words.layout.display = "" if text else "none"
 
     def attempt(self, act, *args):
-        "Do something for the front; what the user can mend becomes a sentence."
+        "Do something for the front; what the user can mend becomes a sentence, and so does a fault of what the explorer was given, such as an encoder."
         try: return act(*args)
         except AdamError as e: self.say(str(e))
+        except Exception as e: self.say(f"This failed with {type(e).__name__}: {e}. Try it in code to see where, if you gave the encoder or the data yourself.")      # a traceback here would be lost in the server's log
 
 # %% ../../nbs/26b_widgets.frame.ipynb #58a771a7
 def _bind(self, name: str, control):
     "Tie a control's value to an attribute; returns the control."
     self._bound[name] = control
     def moved(event):
-        if event["new"] == getattr(self, name): return
+        if self._quiet or event["new"] == getattr(self, name): return
         before = self.draws
         self.attempt(setattr, self, name, event["new"])
         if self.draws == before: self._show_value(name)
@@ -182,9 +190,12 @@ def _bind(self, name: str, control):
     return control
 
 def _show_value(self, name: str):
-    "Move the control of an attribute to its value."
+    "Move the control of an attribute to its value, or as near as the control can go: the value stays what it is."
     control, value = self._bound.get(name), getattr(self, name)
-    if control is not None and control.value != value: control.value = value
+    if control is None or control.value == value: return
+    self._quiet = True
+    try: control.value = value
+    finally: self._quiet = False
 
 def _pad(self, on_click=None) -> Pad:
     "A picture of the front, in the order of `pictures()`."
@@ -215,7 +226,7 @@ def _build(self):
     self._front = w.VBox([w.HTML(f"<style>{_STYLE}</style>", layout=w.Layout(display="none")), *rows])
     self._front.add_class("adam-explorer")
     if self.broken: self.say(self.problem)
-    else: self.redraw()
+    else: self.attempt(self.redraw)
     return self._front
 
 Explorer.widget = property(lambda self: self._front or _build(self), doc="The explorer as an ipywidgets box.")
@@ -227,11 +238,11 @@ def _still(self):
 
 def _mime(self, include=None, exclude=None) -> dict:
     "The front, and for displays without widgets the still picture with one sentence."
-    if self.broken: still = {"text/plain": self.problem, "text/html": f"<p>{escape(self.problem)}</p>"}
-    else:
-        picture = base64.b64encode(as_bytes(_still(self), 90_000)).decode()
+    try: picture = base64.b64encode(as_bytes(_still(self), 90_000)).decode()
+    except AdamError as e: picture, still = None, {"text/plain": str(e), "text/html": f"<p>{escape(str(e))}</p>"}
+    if picture:
         still = {"text/plain": f"{type(self).__name__}. {NO_FRONT}", "text/html": f'<img alt="{type(self).__name__}" style="max-width: 100%" src="data:image/jpeg;base64,{picture}"><p>{NO_FRONT}</p>'}
     try: return self.widget._repr_mimebundle_() | still
-    except ImportError: return still | ({} if self.broken else {"text/html": still["text/html"].replace(NO_FRONT, "A still picture, because ipywidgets is not installed: pip install ipywidgets")})
+    except ImportError: return still | ({} if picture is None else {"text/html": still["text/html"].replace(NO_FRONT, "A still picture, because ipywidgets is not installed: pip install ipywidgets")})
 
 Explorer.still, Explorer._repr_mimebundle_ = _still, _mime
