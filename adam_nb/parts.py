@@ -81,10 +81,13 @@ def show_pruning(
     threshold: float = 0.8,    # γ
     show: int = 24,            # thumbnails: the most similar parts
     temperature: float = 0.2,  # τ, of the losses in the title
+    same=None,                 # (M,) bool over `parts.others(anchor)`: which show what the anchor shows; None: not known
 ) -> Figure:
-    "The anchor, the parts most similar to it (kept or pruned), and the distribution of all similarities."
+    "The anchor, the parts most similar to it (kept or pruned; with `same`, rightly or not), and the distribution of all similarities."
     similarity, others = parts.similarity(anchor).numpy(), parts.others(anchor).numpy()
     pruned = ~keep_mask(torch.from_numpy(similarity), threshold).numpy()
+    if same is None: groups = [(~pruned, f"kept: {(~pruned).sum()}", PALETTE[4], ""), (pruned, f"× pruned: {pruned.sum()}", PALETTE[5], "× ")]
+    else: groups = [(some, f"{sign}{name}: {some.sum()}", ink, sign) for name, ink, sign, some in (("kept, another", PALETTE[4], "", ~pruned & ~same), ("kept, the same", PALETTE[0], "! ", ~pruned & same), ("pruned, another", PALETTE[5], "× ", pruned & ~same), ("pruned, the same", PALETTE[2], "✓ ", pruned & same))]
     columns = 8
     rows = -(-min(show, len(others)) // columns)
     figure, _ = new_figure(1, 1, width=9.6, height=1.25 * rows + 2.4)
@@ -93,13 +96,13 @@ def show_pruning(
     ax = show_image(figure.add_subplot(grid[0:max(rows, 1), 0:2]), parts.pictures[anchor], f"anchor\n{parts.name(anchor)}")
     for place, k in enumerate(np.argsort(-similarity)[:show]):
         ax = show_image(figure.add_subplot(grid[place // columns, 2 + place % columns]), parts.pictures[others[k]])
-        ink = PALETTE[5] if pruned[k] else PALETTE[4]
+        ink, sign = next((ink, sign) for some, _, ink, sign in groups if some[k])
         for spine in ax.spines.values(): spine.set(visible=True, color=ink, linewidth=2.5)
         ax.set_axis_on(); ax.set_xticks([]); ax.set_yticks([])
-        ax.set_xlabel(f"{'× ' if pruned[k] else ''}{similarity[k]:.2f}", fontsize=8, color=ink, labelpad=3)
+        ax.set_xlabel(f"{sign}{similarity[k]:.2f}", fontsize=8, color=ink, labelpad=3)
     ax = figure.add_subplot(grid[rows + 1, :])
     bins = np.linspace(min(-0.2, similarity.min()), 1, 49)
-    ax.hist([similarity[~pruned], similarity[pruned]], bins, stacked=True, color=[PALETTE[4], PALETTE[5]], label=[f"kept: {(~pruned).sum()}", f"× pruned: {pruned.sum()}"])
+    ax.hist([similarity[some] for some, *_ in groups], bins, stacked=True, color=[ink for *_, ink, _ in groups], label=[label for _, label, *_ in groups])
     ax.axvline(threshold, color="black", linestyle="--", linewidth=1.2, label=f"γ = {threshold:g}")
     ax.set(xlabel="cosine similarity to the anchor", ylabel="parts", title=f"{len(others)} parts of {len(set(unpack_id(parts.ids)[0].tolist()))} images; loss {parts.loss(anchor, threshold, temperature):.2f}, without pruner {parts.loss(anchor, None, temperature):.2f}")
     ax.legend(frameon=False, fontsize=9)

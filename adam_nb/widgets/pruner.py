@@ -37,7 +37,7 @@ class PrunerExplorer(Explorer):
 
     Attributes: `anchor` (index of a part), `threshold` (γ), `bank` (which checkpoint), `truth` ("place", "structure" or "unknown"), `film` (that of the anchor; setting it keeps the anchor's place)."""
     def __init__(self,
-        parts,                     # Parts, a function that gives them, or {checkpoint's name: either}, see `stages_of_run`
+        parts,                     # Parts, a function that gives them, {checkpoint's name: either}, or a function that gives such a mapping, see `stages_of_run`
         anchor: int = 0,
         threshold: float = 0.8,    # γ
         temperature: float = 0.2,  # τ
@@ -50,6 +50,7 @@ class PrunerExplorer(Explorer):
         super().__init__(parts=parts, films=films, structure=structure, anchor=anchor, threshold=threshold)
 
     def open(self, parts, films, structure, anchor, threshold):
+        if callable(parts): parts = parts()
         self.banks = parts if isinstance(parts, dict) else {"bank": parts}
         if not self.banks: raise AdamError("There is no bank to explore; give parts, or a run with at least one stage.")
         self.films = None if films is None else Films(films)
@@ -57,7 +58,10 @@ class PrunerExplorer(Explorer):
         self.bank = list(self.banks)[-1]
         if self.structure is not None and len(self.structure) != len(self.parts): raise AdamError(f"The structures of {len(self.structure)} parts were given, but the bank has {len(self.parts)}; give one for each part.")
         self.truth = "place" if structure is None else "structure"
+        if self.films is not None:
+            if len(self.films) <= int(self._numbers[0].max()): raise AdamError(f"The bank has parts of film {int(self._numbers[0].max())}, but {len(self.films)} films were given; give the films that were cut, in their order.")
         self.threshold, self.anchor = threshold, anchor
+        if self.films is not None: self.films.image(self.film)         # one that cannot be read is told before anything is drawn
 
     @setting()
     def bank(self, name):
@@ -138,7 +142,7 @@ class PrunerExplorer(Explorer):
                 "same": None if self.same is None else int(self.same.sum()), "loss": self.loss(self.threshold), "loss_without": self.loss(None)}
     def figure(self) -> Figure:
         "The present state for print."
-        return show_pruning(self.parts, self.anchor, self.threshold, self.thumbnails, self.temperature)
+        return show_pruning(self.parts, self.anchor, self.threshold, self.thumbnails, self.temperature, self.same)
 
 # %% ../../nbs/26e_widgets.pruner.ipynb #65701017
 def _verdict(self, k: int, pruned: np.ndarray) -> tuple[str, str, str]:
