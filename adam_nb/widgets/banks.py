@@ -6,7 +6,7 @@
 __all__ = ['ANATOMY', 'load_adam', 'parts_of_run', 'stages_of_run', 'places', 'structures']
 
 # %% ../../nbs/26d_widgets.banks.ipynb #b33f12b3
-import os
+import os, re
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..checkpoint import newest_state
 from ..config import AdamError
 from ..decomposer import boxes
 from ..model import Adam
+from ..outcome import state_digest
 from ..parts import Parts, cut_parts
 from ..views import unpack_id
 
@@ -60,13 +61,22 @@ def parts_of_run(
     return cut_parts(images, _finest(c) if level is None else level, adam.embed_query, c["view_size"])
 
 # %% ../../nbs/26d_widgets.banks.ipynb #bf2dfcd7
+def _before(stage: Path) -> Path | None:
+    "The stage from which this one went on, where that lies in the folder of another arm of the run, which shares it; None where there is none."
+    wanted, name = _state_of(stage).get("init"), re.fullmatch(r"(.*?)(\d+)", stage.name)
+    if not wanted or not name or int(name[2]) == 0: return None
+    beside = stage.resolve().parent.parent.parent.glob(f"*/{stage.resolve().parent.name}/{name[1]}{int(name[2]) - 1}/checkpoints")        # <run>/<arm>/<seed>/stage<k>
+    return next((c.parent for c in sorted(beside) if (found := newest_state(c)) and state_digest(found[1]) == wanted), None)
+
 def stages_of_run(
-    folder: str | os.PathLike | list,   # of an arm (with the folders of its stages in it), of one stage, or a list of stages, first stage first
+    folder: str | os.PathLike | list,   # of an arm and seed (with the folders of its stages in it; a first stage that it shares with another arm of the run is found there), of one stage, or a list of stages, first stage first
     images: list,                       # as for `cut_parts`
     level: int | None = None,           # None: the finest that the last stage was trained at
 ) -> dict[str, Callable[[], Parts]]:
     "'random' and the name of each stage -> a function that gives the parts as that checkpoint sees them, computed once. `AdamError` when no stage is there."
-    stages = [Path(f) for f in folder] if isinstance(folder, (list, tuple)) else [Path(folder)] if (Path(folder)/"checkpoints").is_dir() else sorted(p.parent for p in Path(folder).glob("*/checkpoints"))
+    listed = isinstance(folder, (list, tuple))
+    stages = [Path(f) for f in folder] if listed else [Path(folder)] if (Path(folder)/"checkpoints").is_dir() else sorted(p.parent for p in Path(folder).glob("*/checkpoints"))
+    while stages and not listed and (before := _before(stages[0])): stages.insert(0, before)
     if not stages: raise AdamError(f"There is no stage with checkpoints in {folder}; name the folder of an arm, or run its first stage.")
     if level is None: level = _finest(load_adam(stages[-1])[1])
     once = lambda *a, **k: lru_cache(maxsize=1)(partial(parts_of_run, *a, **k))

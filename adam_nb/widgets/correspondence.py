@@ -92,8 +92,9 @@ def show_point(
     mutual: bool | None = None,         # whether the best match leads back
     truth: tuple[float, float] | None = None,   # relative true place in image b, where it is known
     names: tuple[str, str] = ("image a", "image b"),
+    pins: dict | None = None,           # name -> (point in a, point found in b, mutual)
 ) -> Figure:
-    "A point in one film, its similarity to every place in another, and the best match there."
+    "A point in one film, its similarity to every place in another, and the best match there; named points beside it."
     figure, axes = new_figure(1, 2, width=4.2, height=4.2)
     left, right = axes[0]
     (ha, wa), (hb, wb) = as_picture(image_a).shape[:2], as_picture(image_b).shape[:2]
@@ -103,6 +104,10 @@ def show_point(
     r, c = np.unravel_index(int(similarity.argmax()), similarity.shape)
     left.plot(point[0]*wa, point[1]*ha, "o", markersize=11, markerfacecolor="none", markeredgecolor=PALETTE[0], markeredgewidth=2.5)
     right.plot((c + .5)/columns*wb, (r + .5)/rows*hb, "o" if mutual else "s", markersize=11, markerfacecolor="none", markeredgecolor=PALETTE[0], markeredgewidth=2.5)
+    for i, (name, (here, there, both)) in enumerate((pins or {}).items()):
+        for ax, (x, y), (h, w), mark in ((left, here, (ha, wa), "o"), (right, there, (hb, wb), "o" if both else "s")):
+            ax.plot(x*w, y*h, mark, markersize=7, markerfacecolor="none", markeredgecolor=colour(i + 1), markeredgewidth=2)
+            ax.annotate(name, (x*w, y*h), xytext=(7, 0), textcoords="offset points", color=colour(i + 1), fontsize=9, va="center")
     if truth is not None: right.plot(truth[0]*wb, truth[1]*hb, "x", markersize=10, color="white", markeredgewidth=2.5)
     figure.colorbar(shown, ax=right, label="cosine", shrink=0.8)
     figure.suptitle(f"best match: cosine {similarity.max():.2f}" + {True: ", mutual", False: ", one way", None: ""}[mutual] + ("; × true place" if truth is not None else ""), fontsize=11)
@@ -201,13 +206,21 @@ class CorrespondenceExplorer(Explorer):
     def figure(self) -> Figure:
         "The present state for print."
         m = self.match
-        return show_point(self.films.image(self.a), self.warp.image if self.b == "warp" else self.films.image(self.b), self.point, m["map"], m["mutual"], m.get("truth"), (self._title(self.a), self._title(self.b)))
+        return show_point(self.films.image(self.a), self.warp.image if self.b == "warp" else self.films.image(self.b), self.point, m["map"], m["mutual"], m.get("truth"), (self._title(self.a), self._title(self.b)),
+                          {name: (point, (found := self._find(film, point, self.b))["point"], found["mutual"]) for name, (film, point) in self.pins.items() if film == self.a})
 
 # %% ../../nbs/26f_widgets.correspondence.ipynb #b343d3ad
 def _pin(self, name: str | None = None):
     "Name the present point of film a; a name given twice moves its pin."
     name = (name or "").strip() or f"point {len(self.pins) + 1}"
     self.pins[name] = (self.a, self.point)
+    if self._front is not None: self.redraw()
+
+def _unpin(self, name: str | None = None):
+    "Take a pin away: that of the name, else the last. `AdamError` when there is none."
+    name = (name or "").strip() or next(reversed(self.pins), "")
+    if name not in self.pins: raise AdamError(f"There is no pin '{name}'.{nearest(name, self.pins)}" if name else "Nothing is pinned.")
+    del self.pins[name]
     if self._front is not None: self.redraw()
 
 def _rows(self) -> list[dict]:
@@ -232,7 +245,7 @@ def _save(self, path) -> Path:
     except OSError as e: raise AdamError(f"{path} cannot be written ({e.strerror}); choose another folder.") from None
     return path
 
-CorrespondenceExplorer.pin, CorrespondenceExplorer.points, CorrespondenceExplorer.save = _pin, property(_rows), _save
+CorrespondenceExplorer.pin, CorrespondenceExplorer.unpin, CorrespondenceExplorer.points, CorrespondenceExplorer.save = _pin, _unpin, property(_rows), _save
 
 # %% ../../nbs/26f_widgets.correspondence.ipynb #af31c800
 def _mark(panel: Image.Image, point, ink: str, mutual: bool = True, label: str = "", radius: int = 9):
@@ -262,11 +275,16 @@ def _pictures(self) -> list:
     if "error" in m: words += f"\n× is the true place; the match is {m['error']:.1%} of the width away from it."
     below = caption(words.replace("; cosine", ";\ncosine"), 900)
     if self.strip:
-        query, tiles = self.film(self.a).query(self.point), []
+        source, tiles = self.film(self.a), []
+        mine = [(colour(k + 1), name, point, source.query(point)) for k, (name, (film, point)) in enumerate(self.pins.items()) if film == self.a]
+        query = source.query(self.point)
         for i in self.strip_films:
             f = self.film(i)
-            found, best, mutual = search(self.film(self.a), self.point, f, query)
+            found, best, mutual = search(source, self.point, f, query)
             picture = f.thumbnail.copy()
+            for ink, name, point, q in mine:
+                _, cell, both = search(source, point, f, q)
+                _mark(picture, f.centres[cell], ink, both, name, radius=4)
             _mark(picture, f.centres[best], colour(0), mutual, radius=7)
             tiles.append(Tile(picture, f"{self._title(i)}  {found.max():.2f}"))
         if tiles: below = stack(below, contact_sheet(tiles, 5, 150, 12))
@@ -298,15 +316,20 @@ def _controls(self) -> list:
             if abs(e["new"] - 100*self.point[i]) > 1e-3: self.attempt(setattr, self, "point", tuple(e["new"]/100 if j == i else v for j, v in enumerate(self.point)))
         s.observe(moved, "value")
     name = w.Text("", placeholder="name of the point", description="name", layout=w.Layout(width="260px"))
+    unpin, clicks = w.Button(description="unpin", layout=w.Layout(width="70px")), w.Checkbox(False, description="click pins", indent=False, layout=w.Layout(width="110px"))
+    unpin.on_click(lambda _: self.attempt(self.unpin, name.value))
     pin, path, save = w.Button(description="pin", layout=w.Layout(width="70px")), w.Text("points.csv", description="file", layout=w.Layout(width="260px")), w.Button(description="save points", layout=w.Layout(width="110px"))
     pin.on_click(lambda _: self.attempt(self.pin, name.value))
     def saved(_):
         done = self.attempt(self.save, path.value)
         if done: self.say(f"{len(self.points)} points are in {done}.")
     save.on_click(saved)
-    self.parts_of_front = dict(a=a, b=b, arm=arm, strip=strip, name=name, pin=pin, path=path, save=save)
+    self.parts_of_front = dict(a=a, b=b, arm=arm, strip=strip, name=name, pin=pin, unpin=unpin, clicks=clicks, path=path, save=save)
     columns = self.grid[1]
-    click = lambda i: setattr(self, "point", ((i % columns + .5)/columns, (i//columns + .5)/self.grid[0]))
-    return [[a, b, arm, strip], self._sliders, [name, pin, path, save], [self.pad(click).widget, self.pad().widget], [self.pad().widget]]
+    def click(i):
+        with self.together():
+            self.point = ((i % columns + .5)/columns, (i//columns + .5)/self.grid[0])
+            if clicks.value: self.pins[name.value.strip() or f"point {len(self.pins) + 1}"] = (self.a, self.point)
+    return [[a, b, arm, strip], self._sliders, [name, pin, unpin, clicks], [path, save], [self.pad(click).widget, self.pad().widget], [self.pad().widget]]
 
 for _name, _function in dict(follow=_follow, pictures=_pictures, arrange=_arrange, controls=_controls).items(): setattr(CorrespondenceExplorer, _name, _function)
