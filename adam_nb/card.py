@@ -65,14 +65,16 @@ def look_up(metrics: dict, path: str) -> tuple[float, float, float]:
     return tuple(math.nan if metrics.get(k) is None else float(metrics[k]) for k in (name, f"{name}_low", f"{name}_high"))
 
 # %% ../nbs/22a_card.ipynb #f3d268ca
+def _has_interval(v: tuple) -> bool: return all(e is not None and math.isfinite(e) for e in v[1:])
+
 def verdict(mine: tuple, controls: dict[str, tuple], way: str | None) -> str:
-    "\"above NAME\", \"below NAME\" or \"not told apart from NAME\", for the best control; \"\" without controls or direction. For metrics where low is good, above means better as well."
+    "\"better than NAME\", \"worse than NAME\", \"not told apart from NAME\", or \"no interval to tell it from NAME\", of the best control; \"\" without controls or direction. Each number is (value, low, high); low and high may be None or NaN."
     known = {k: v for k, v in controls.items() if not math.isnan(v[0])}
     if way is None or not known or math.isnan(mine[0]): return ""
     sign = 1 if way == "high" else -1
     name = max(known, key=lambda k: sign*known[k][0])
-    ends = lambda v: sorted(sign*(v[0] if math.isnan(e) else e) for e in v[1:])
-    (low, high), (other_low, other_high) = ends(mine), ends(known[name])
+    if not (_has_interval(mine) and _has_interval(known[name])): return "no interval to tell it from " + name
+    (low, high), (other_low, other_high) = (sorted(sign*e for e in v[1:]) for v in (mine, known[name]))
     return ("better than " if low > other_high else "worse than " if high < other_low else "not told apart from ") + name
 
 # %% ../nbs/22a_card.ipynb #c76960ba

@@ -61,7 +61,7 @@ def _cmd_probe(a):
     name = a.name or Path(a.checkpoint).stem
     out = Path(a.out or f"outputs/cards/{name}")
     card = probe_card(a.checkpoint, a.preset, out, name, a.pretrain_seed, a.backbone, a.data, progress=lambda line: print(f"  {line}", flush=True), **options)
-    better = sum(r["verdict"].startswith("better") for r in card["rows"]); told = sum(bool(r["verdict"]) for r in card["rows"])
+    better = sum(r["verdict"].startswith("better") for r in card["rows"]); told = sum(r["verdict"].startswith(("better", "worse", "not told")) for r in card["rows"])
     print(f"{out/'card.html'}: {len(card['rows'])} answers; in {better} of {told} better than an untrained network, raw pixels and the bare position")
 
 def _cmd_export(a):
