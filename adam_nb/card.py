@@ -223,7 +223,8 @@ def compare_cards(
     paths: Sequence,                # card.json files, or their folders
     out: str | Path | None = None,  # an HTML page to write
 ) -> dict:
-    """Several cards in one table: {"names": {name: number of seeds}, "rows": [{probe, metric, text, way, cells {name: {value, low, high, n, over}}}]}; `over`: "seeds" or "patients".
+    """Several cards in one table: {"names": {name: number of seeds}, "collapsed": {probe: {name: seeds that collapsed}}, "rows": [{probe, metric, text, way, cells {name: {value, low, high, n, over, collapsed}}}]}.
+    `n`: seeds in the mean; `collapsed`: seeds that are missing from it, because they collapsed; value, low and high are None when all of them did. `over`: what the interval is over, "seeds" or "patients".
     `AdamError` for cards of other films or parameters, or one name and seed twice."""
     cards = [_read_card(p) for p in paths]
     if not cards: raise AdamError("There are no cards to compare; name at least one.")
@@ -235,17 +236,19 @@ def compare_cards(
         if (key := (c["name"], c["pretrain_seed"])) in seen: raise AdamError(f"The card {p} has the name '{c['name']}' and the pretraining seed {c['pretrain_seed']} of another; give cards a name, or a seed, of their own.")
         seen.add(key)
     names = {n: sum(c["name"] == n for c in cards) for n in dict.fromkeys(c["name"] for c in cards)}
+    lost = {p: {n: k for n in names if (k := sum(bool(c["collapsed"].get(p)) for c in cards if c["name"] == n))} for p in dict.fromkeys(p for c in cards for p in c["collapsed"])}
     rows = []
     for probe, metric, text, way in QUESTIONS:
         cells = {}
         for name in names:
             mine = [r for c in cards if c["name"] == name for r in c["rows"] if (r["probe"], r["metric"]) == (probe, metric)]
-            if not mine: continue
+            gone = lost.get(probe, {}).get(name, 0)
+            if not mine and not gone: continue
             v = np.array([r["value"] for r in mine], dtype=float)
-            low, high, over = (mine[0]["low"], mine[0]["high"], "patients") if len(v) == 1 else (*_t_interval(v), "seeds")
-            cells[name] = {"value": float(v.mean()), "low": low, "high": high, "n": len(v), "over": over}
-        if cells: rows.append({"probe": probe, "metric": metric, "text": text, "way": way, "cells": cells})
-    table = {"names": names, "rows": rows}
+            low, high, over = (None, None, None) if not mine else (mine[0]["low"], mine[0]["high"], "patients") if len(v) == 1 else (*_t_interval(v), "seeds")
+            cells[name] = {"value": float(v.mean()) if mine else None, "low": low, "high": high, "n": len(v), "over": over, "collapsed": gone}
+        if any(c["n"] for c in cells.values()): rows.append({"probe": probe, "metric": metric, "text": text, "way": way, "cells": cells})
+    table = {"names": names, "collapsed": {p: k for p, k in lost.items() if k}, "rows": rows}
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         Path(out).write_text(_comparison_html(table, cards[0]), encoding="utf-8")
@@ -256,11 +259,20 @@ def _t_interval(v: np.ndarray) -> tuple[float, float]:
     half = t.ppf(0.975, len(v) - 1)*v.std(ddof=1)/len(v)**0.5
     return float(v.mean() - half), float(v.mean() + half)
 
+def _cell(cell: dict | None, seeds: int, best: bool) -> str:
+    "A cell of the comparison; of several seeds with the number that it stands for."
+    if cell is None: return "–"
+    said = ([f"n = {cell['n']}" + (", over patients" if cell["over"] == "patients" else "")] if seeds > 1 and cell["n"] else []) + ([f"{cell['collapsed']} of {seeds} collapsed"] if cell["collapsed"] else [])
+    number = _number(cell["value"], cell["low"], cell["high"])
+    return (f"<b>{number}</b>" if best and not cell["collapsed"] else number) + (f"<br><small>{'; '.join(said)}</small>" if said else "")
+
 def _comparison_html(table: dict, card: dict) -> str:
     heads = "".join(f"<th class=\"n\">{html.escape(n)}<br><small>{f'{k} seeds' if k > 1 else '1 encoder'}</small></th>" for n, k in table["names"].items())
-    body = f"<p>{html.escape(card['data']['name'])}, {html.escape(str(card['data']['split'] or 'all images'))}. Of several pretraining seeds: mean and 95 % interval over seeds; of one: interval over patients, which says nothing about the method. The best of a row is bold where a direction is good.</p><div class=\"wide\"><table><tr><th>question</th>{heads}</tr>"
+    body = f"<p>{html.escape(card['data']['name'])}, {html.escape(str(card['data']['split'] or 'all images'))}. Of several pretraining seeds: mean and 95 % interval over seeds; of one: interval over patients, which says nothing about the method. The best of a row is bold where a direction is good, unless it is a mean over what did not collapse.</p>"
+    for probe, gone in table["collapsed"].items():
+        body += f"<p class=\"warn\">{probe.capitalize()}: " + ", ".join(f"of {html.escape(n)} {k} of {table['names'][n]} collapsed" for n, k in gone.items()) + " (every patch has the same vector). Means and intervals are over the others.</p>"
+    body += f"<div class=\"wide\"><table><tr><th>question</th>{heads}</tr>"
     for r in table["rows"]:
-        best = r["way"] and (max if r["way"] == "high" else min)(r["cells"], key=lambda n: r["cells"][n]["value"])
-        shown = lambda n: "–" if n not in r["cells"] else ("<b>%s</b>" if n == best and len(table["names"]) > 1 else "%s") % _number(*(r["cells"][n][k] for k in ("value", "low", "high")))
-        body += f"<tr><td>{html.escape(r['text'])}</td>" + "".join(f"<td class=\"n\">{shown(n)}</td>" for n in table["names"]) + "</tr>"
+        best = r["way"] and (max if r["way"] == "high" else min)((n for n, c in r["cells"].items() if c["n"]), key=lambda n: r["cells"][n]["value"])
+        body += f"<tr><td>{html.escape(r['text'])}</td>" + "".join(f"<td class=\"n\">{_cell(r['cells'].get(n), seeds, n == best and len(table['names']) > 1)}</td>" for n, seeds in table["names"].items()) + "</tr>"
     return _page("Probe cards compared", body + "</table></div>")
