@@ -7,7 +7,7 @@ __all__ = ['QUESTIONS', 'CONTROLS', 'control_path', 'gain_path', 'look_up', 'bes
            'card_figures', 'card_html', 'probe_card', 'compare_cards']
 
 # %% ../nbs/22a_card.ipynb #d40f53b1
-import base64, html, io, math
+import base64, html, io, json, math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -214,9 +214,17 @@ def probe_card(
 
 # %% ../nbs/22a_card.ipynb #777cc337
 def _read_card(path) -> dict:
+    "A card.json, or that of a folder. `AdamError` for whatever is none: what a person names may be any file."
     path = Path(path)
-    card = read_json(path/"card.json" if path.is_dir() else path)
-    if not isinstance(card, dict) or card.get("card") != 1: raise AdamError(f"{path} is no probe card; name a card.json, or the folder that holds it.")
+    remedy = "name a card.json that adam_nb probe wrote, or the folder that holds it"
+    try: card = json.loads((path/"card.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+    except OSError as e: raise AdamError(f"The card {path} cannot be read ({e.strerror}); {remedy}.") from None
+    except (ValueError, RecursionError): raise AdamError(f"{path} is no probe card, nor JSON; {remedy}.") from None
+    if not isinstance(card, dict) or "card" not in card: raise AdamError(f"{path} is no probe card; {remedy}.")
+    kinds = {"name": str, "pretrain_seed": int, "config": dict, "data": dict, "collapsed": dict, "rows": list}
+    whole = card["card"] == 1 and all(isinstance(card.get(k), t) for k, t in kinds.items()) and {"name", "split", "hash"} <= card["data"].keys()
+    if not whole or not all(isinstance(r, dict) and isinstance(r.get("value"), (int, float)) and {"probe", "metric", "low", "high"} <= r.keys() for r in card["rows"]):
+        raise AdamError(f"{path} is a probe card of another version, or a part of one; make it again with adam_nb probe.")
     return card
 
 def compare_cards(
@@ -225,7 +233,7 @@ def compare_cards(
 ) -> dict:
     """Several cards in one table: {"names": {name: number of seeds}, "collapsed": {probe: {name: seeds that collapsed}}, "rows": [{probe, metric, text, way, cells {name: {value, low, high, n, over, collapsed}}}]}.
     `n`: seeds in the mean; `collapsed`: seeds that are missing from it, because they collapsed; value, low and high are None when all of them did. `over`: what the interval is over, "seeds" or "patients".
-    `AdamError` for cards of other films or parameters, or one name and seed twice."""
+    `AdamError` for files that are no cards, cards of other films or parameters, or one name and seed twice."""
     cards = [_read_card(p) for p in paths]
     if not cards: raise AdamError("There are no cards to compare; name at least one.")
     asked = [digest({k: v for k, v in c["config"].items() if k not in ("batch_size", "keep", "control", "view_size")} | {"films": c["data"]["hash"]}) for c in cards]
@@ -250,8 +258,10 @@ def compare_cards(
         if any(c["n"] for c in cells.values()): rows.append({"probe": probe, "metric": metric, "text": text, "way": way, "cells": cells})
     table = {"names": names, "collapsed": {p: k for p, k in lost.items() if k}, "rows": rows}
     if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(_comparison_html(table, cards[0]), encoding="utf-8")
+        try:
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            Path(out).write_text(_comparison_html(table, cards[0]), encoding="utf-8")
+        except OSError as e: raise AdamError(f"The comparison cannot be written to {out} ({e.strerror}); name another file.") from None
     return table
 
 def _t_interval(v: np.ndarray) -> tuple[float, float]:
