@@ -178,7 +178,7 @@ def card_html(card: dict, results: dict[str, dict]) -> str:
         if m.get("collapsed"): body += "<p class=\"warn\">The encoder has collapsed on these films: every patch has the same vector. There is nothing to measure or to draw.</p>"; continue
         head = "".join(f"<th class=\"n\">{c}</th>" for c in ("this encoder", *CONTROLS))
         body += f"<div class=\"wide\"><table><tr><th>question</th>{head}<th>against the best of them</th></tr>" + "".join(
-            f"<tr><td>{html.escape(x['text'])}</td><td class=\"n\">{_number(x['value'], x['low'], x['high'])}</td>" + "".join(f"<td class=\"n\">{_number(*x['controls'].get(c, [None]))}</td>" for c in CONTROLS) + f"<td>{x['verdict']}{'' if x['best'] not in x['gains'] else ' <small>gain</small> ' + _number(*x['gains'][x['best']], '+')}</td></tr>" for x in rows) + "</table></div>"
+            f"<tr><td>{html.escape(x['text'])}</td><td class=\"n\">{_number(x['value'], x['low'], x['high'])}</td>" + "".join(f"<td class=\"n\">{_number(*x['controls'].get(c, [None]))}</td>" for c in CONTROLS) + f"<td>{x['verdict']}{'' if x['best'] not in x['gains'] else '<br><small>gain</small> ' + _number(*x['gains'][x['best']], '+')}</td></tr>" for x in rows) + "</table></div>"
         body += f"<p><small>n: {', '.join(f'{v} {k}' for k, v in r['n'].items() if not isinstance(v, dict))}. Intervals: 95 %, over patients.{' Gain: this encoder less the best control, on the same patches; the verdict rests on it.' if any(x['gains'] for x in rows) else ''}</small></p>"
         body += "".join(_picture(t, f) for t, f in card_figures({probe: r}).items())
     return _page(f"Probe card: {card['name']}", body)
