@@ -16,10 +16,10 @@ from .compositionality import partners
 from .config import AdamError
 from .correspondence import QUESTIONS, WITHIN, correspondence, error_score, find, picture_to_text
 from .landmarks import inside
-from .locality import collapsed
+from .locality import collapsed, gains, paired_gain
 from .patches import Job, cut_patches, embed_jobs, keep_in, view_size
 from .probe_configs import MASKS
-from .carried import answers, mask_scores, on_film, shared, transfer_masks
+from .carried import answers, mask_gains, mask_scores, on_film, shared, transfer_masks
 from .warps import exposed, grid_centres, random_affine, random_elastic, warp
 
 _all_ = ["MASKS"]
@@ -32,7 +32,7 @@ class _Views:
         self.landmarks = [{k: np.array([x/r.size[1], y/r.size[0]]) for k, (x, y) in inside(r)[0].items()} if r.landmarks else {} for r in records]
         self.cells = grid[0]*grid[1]
         self.starts = np.cumsum([0, *(3*self.cells + len(m) for m in self.landmarks)])
-        self.blocks = None                  # "" and "pixels" -> (N, D)
+        self.blocks = None                  # "", "pixels" and, with a control, "untrained" -> (N, D)
 
     def warps(self, i: int) -> dict:
         "The two warps of film `i`."
@@ -57,12 +57,12 @@ class _Views:
         return {k: np.asarray(x[start:start + n]) for k, x in self.blocks.items()}
 
     def dense(self, i: int, kind: str) -> dict[str, np.ndarray]:
-        "\"\" and \"pixels\" -> (R, C, D) of the film or a warped view."
+        "Block -> (R, C, D) of the film or a warped view."
         first = {"film": 0, "warp": self.cells + len(self.landmarks[i]), "elastic": 2*self.cells + len(self.landmarks[i])}[kind]
         return {k: x.reshape(*self.grid, -1) for k, x in self._rows(i, first, self.cells).items()}
 
     def queries(self, i: int, use: list[int]) -> dict[str, np.ndarray]:
-        "\"\" and \"pixels\" -> (L, D) of the patches around some landmarks."
+        "Block -> (L, D) of the patches around some landmarks."
         return {k: x[use] for k, x in self._rows(i, self.cells, len(self.landmarks[i])).items()}
 
 # %% ../nbs/21c_correspondence_run.ipynb #0ccf2e5c
@@ -77,8 +77,8 @@ def _own_views(views: _Views, threshold: float, errors: dict, matched: dict):
             if not seen.any(): continue
             flat = {k: x.reshape(-1, x.shape[-1])[seen] for k, x in dense.items()}
             errors[kind].append((answers(flat, (at/full)[seen], truth[seen], there, r.size), r.patient, None))
-            m = correspondence(dense[""], there[""], None)
-            matched[kind].append(((m.similarity >= threshold)[seen], m.mutual[seen]))
+            found = {k: correspondence(dense[k], there[k], None) for k in ("", "untrained") if k in dense}
+            matched[kind].append({k and f"_{k}": ((m.similarity >= threshold)[seen], m.mutual[seen]) for k, m in found.items()})
 
 def _other_films(views: _Views, source: int, target: int, question: str, errors: dict):
     "Append the errors of finding the landmarks of film `source` in film `target` (for `transfer_warped`, in its warped view)."
@@ -92,8 +92,8 @@ def _other_films(views: _Views, source: int, target: int, question: str, errors:
     at, truth = np.array([views.landmarks[source][names[k]] for k in use]), np.array([there[names[k]] for k in use])
     errors[question].append((answers(views.queries(source, use), at, truth, views.dense(target, kind), size), views.records[target].patient, np.array(names)[use]))
 
-def _masks(views: _Views, partner: list[int], names: Sequence[str], seed: int) -> dict:
-    "Scores of masks carried to each film's partner; films without masks take no part."
+def _masks(views: _Views, partner: list[int], names: Sequence[str], seed: int) -> tuple[dict, dict]:
+    "Scores of masks carried to each film's partner, and gains over the controls; films without masks take no part."
     def of(i):
         r = views.records[i]
         return r.masks([n for n in names if n in r.load_masks()]) if getattr(r, "load_masks", None) else {}
@@ -104,7 +104,7 @@ def _masks(views: _Views, partner: list[int], names: Sequence[str], seed: int) -
         for name, ways in transfer_masks(source, truth, views.dense(i, "film"), views.dense(target, "film")).items():
             patient.setdefault(name, []).append(views.records[target].patient)
             for way, v in ways.items(): dice.setdefault(name, {}).setdefault(way, []).append(v)
-    return mask_scores(dice, patient, seed)
+    return mask_scores(dice, patient, seed), mask_gains(dice, patient, seed)
 
 # %% ../nbs/21c_correspondence_run.ipynb #4bf93e54
 def _per_landmark(rows: list) -> dict:
@@ -114,23 +114,28 @@ def _per_landmark(rows: list) -> dict:
     return {str(n): {f"median_error{k}": float(np.median(e[names == n])) for k, e in every.items()} |
                     {f"within_{p}": float((every[""][names == n] <= p).mean()) for p in WITHIN} | {"n": int((names == n).sum())} for n in np.unique(names)}
 
+def _gain(mine: np.ndarray, control: np.ndarray, who: np.ndarray, seed: int) -> dict:
+    "The numbers of `error_score` of the embedding's errors (M,) less those of a control's, each with `_low`, `_high` of the difference."
+    hits = [{f"within_{p}": (e <= p).astype(float) for p in WITHIN} for e in (mine, control)]
+    return dict(zip(("median_error", "median_error_low", "median_error_high"), paired_gain(mine, control, who, seed, np.median))) | gains(hits[0], {"": hits[1]}, who, seed)[""]
+
 def _report(errors: dict, matched: dict, seed: int) -> tuple[dict, dict]:
-    metrics, series = {}, {"error_quantiles": {}}
+    metrics, series, gain = {}, {"error_quantiles": {}}, {}
     for question, rows in errors.items():
         if not rows: continue
         who = np.concatenate([np.full(len(a[""]), patient) for a, patient, _ in rows])
-        for k in rows[0][0]:
-            e = np.concatenate([a[k] for a, *_ in rows])
+        error = {k: np.concatenate([a[k] for a, *_ in rows]) for k in rows[0][0]}
+        for k, e in error.items():
             metrics[question + k] = error_score(e, who, seed)
-            series["error_quantiles"].setdefault(question, {})[k.strip("_") or "embedding"] = np.round(np.quantile(e, np.linspace(0, 1, 201)), 2)
-        if question in matched:
-            e = np.concatenate([a[""] for a, *_ in rows])
+            if k in ("_same_place", "_pixels", "_untrained"): gain.setdefault(k[1:], {})[question] = _gain(error[""], e, who, seed)
+            if k != "_untrained": series["error_quantiles"].setdefault(question, {})[k.strip("_") or "embedding"] = np.round(np.quantile(e, np.linspace(0, 1, 201)), 2)
+            if question not in matched or k not in matched[question][0]: continue
             for j, name in enumerate(("matched", "mutual")):
-                x = np.concatenate([m[j] for m in matched[question]])
-                metrics[question] |= {f"{name}_share": float(x.mean()), f"{name}_median_error": float(np.median(e[x])) if x.any() else None}
+                x = np.concatenate([m[k][j] for m in matched[question]])
+                metrics[question + k] |= {f"{name}_share": float(x.mean()), f"{name}_median_error": float(np.median(e[x])) if x.any() else None}
     for question, name in (("transfer", "per_landmark"), ("example", "per_landmark_example")):
         if errors[question]: series[name] = _per_landmark(errors[question])
-    return metrics, series
+    return metrics | {"gain": gain}, series
 
 # %% ../nbs/21c_correspondence_run.ipynb #e1842213
 def _example(views: _Views, kind: str, i: int, j: int, threshold: float) -> dict:
@@ -166,20 +171,27 @@ def run_correspondence(
     examples: int = 2,                  # pairs of each kind kept for pictures
     annotated: int = 3,                 # films that take turns as the one annotated example
     masks: Sequence[str] = MASKS,       # structures that are carried over, where the films have them
+    control=None,                       # a second encoder, in general `patches.untrained_twin(eve)`, that answers the same questions; left out when it has collapsed
     keep=None,                          # folder in which the embeddings are kept
 ) -> tuple[dict, dict]:
     """Correspondence of an encoder, with baselines, for the questions of `correspondence.QUESTIONS`.
 
-    Metrics, nested: each question, also with `_same_place`, `_pixels`, `_floor`: `median_error` (% of the width), `within_2`, `within_5`, `within_10` (PCK),
-    with `_low`, `_high`; `warp` and `elastic` add `matched_share` (of cells with cosine >= threshold), `mutual_share` and their errors; `masks`: see `carried.mask_scores`; `collapsed`, and nothing else, when every patch has the same vector.
+    Metrics, nested: each question, also with `_same_place`, `_pixels`, `_floor` and, with a `control`, `_untrained`: `median_error` (% of the width), `within_2`, `within_5`, `within_10` (PCK),
+    with `_low`, `_high`; `warp` and `elastic` add `matched_share` (of cells with cosine >= threshold), `mutual_share` and their errors; `masks`: see `carried.mask_scores`;
+    `gain/<same_place, pixels, untrained>/<question or masks>/…`: the embedding's number less the control's, with `_low`, `_high` of that difference (see `locality.paired_gain`); `collapsed`, and nothing else, when every patch has the same vector.
     Series: `error_quantiles` {question: {answer: (201,)}} at the levels 0, 0.005 … 1; `per_landmark`, `per_landmark_example`; `examples` (see `show_example`); `found`; `n`."""
     if len(records) < 2: raise AdamError("Correspondence needs films of at least two patients.")
     size, partner, grid = view_size(eve, size), partners(records, seed), tuple(int(g) for g in grid)
     views = _Views(records, seed, grid, width, size, contrast)
     recipe = {"probe": "correspondence", "grid": list(grid), "width": width, "size": size, "contrast": contrast, "seed": seed}
-    views.blocks = dict(zip(("", "pixels"), embed_jobs(eve, records, [views.job(i) for i in range(len(records))], batch, keep_in(keep and Path(keep)/"correspondence", eve, records, recipe))))
+    def blocks(encoder, name): return embed_jobs(encoder, records, [views.job(i) for i in range(len(records))], batch, keep_in(keep and Path(keep)/name, encoder, records, recipe))
+    def flat(block): return all(collapsed(views.dense(i, "film")[block].reshape(views.cells, -1)) for i in range(len(records)))
+    views.blocks = dict(zip(("", "pixels"), blocks(eve, "correspondence")))
     n = {"films": len(records), "patients": len({r.patient for r in records})}
-    if all(collapsed(views.dense(i, "film")[""].reshape(views.cells, -1)) for i in range(len(records))): return {"collapsed": True}, {"error_quantiles": {}, "examples": [], "n": n}
+    if flat(""): return {"collapsed": True}, {"error_quantiles": {}, "examples": [], "n": n}
+    if control is not None:
+        views.blocks["untrained"] = blocks(control, "correspondence_untrained")[0]
+        if flat("untrained"): del views.blocks["untrained"]
     errors, matched = {q: [] for q in QUESTIONS}, {"warp": [], "elastic": []}
     _own_views(views, threshold, errors, matched)
     for question in ("transfer", "transfer_warped"):
@@ -189,7 +201,9 @@ def run_correspondence(
     for i in sources:
         for j in others[i]: _other_films(views, i, j, "example", errors)
     metrics, series = _report(errors, matched, seed)
-    if (carried := _masks(views, partner, masks, seed)): metrics["masks"] = carried
+    carried, gain = _masks(views, partner, masks, seed)
+    if carried: metrics["masks"] = carried
+    for k, v in gain.items(): metrics["gain"][k]["masks"] = v
     shown = range(min(examples, len(records)))
     series["examples"] = [_example(views, kind, i, i if kind != "patients" else partner[i], threshold) for kind in ("warp", "elastic", "patients") for i in shown]
     if sources and others[sources[0]]: series["found"] = _found(views, sources[0], others[sources[0]])

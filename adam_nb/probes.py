@@ -78,7 +78,7 @@ def run_probe(
         return metrics, series, films
     if probe == "correspondence":
         films = choose(records, c.n_correspondence, seed)
-        return *run_correspondence(eve, films, seed, c.grid, c.patch_width, threshold=c.threshold, masks=c.masks, **more), films
+        return *run_correspondence(eve, films, seed, c.grid, c.patch_width, threshold=c.threshold, masks=c.masks, control=control, **more), films
     raise AdamError(f"There is no probe '{probe}'.{nearest(probe, PROBES)}")
 
 # %% ../nbs/22_probes.ipynb #299582d3
@@ -112,7 +112,7 @@ def headline(probe: str, metrics: dict) -> str:
     if metrics.get("collapsed"): return "collapsed: every patch has the same vector, nothing can be measured"
     shown = lambda m, k, digits=3: "–" if m.get(k) is None else f"{m[k]:.{digits}f}" + (f" [{m[k + '_low']:.{digits}f}, {m[k + '_high']:.{digits}f}]" if m.get(k + "_low") is not None else "")
     if probe == "locality":
-        return f"silhouette {shown(metrics, 'silhouette')}, 1-NN across patients {shown(metrics, 'knn1')}; position alone {shown(metrics['position'], 'knn1')}" + (f"; across scales {shown(metrics['scales'], 'knn1_across')}" if "scales" in metrics else "")
+        return f"silhouette {shown(metrics, 'silhouette')}, 1-NN across patients {shown(metrics, 'knn1')}; position alone {shown(metrics['position'], 'knn1')}" + (f", gain over it {shown(metrics['gain']['position'], 'knn1')}" if "gain" in metrics else "") + (f"; across scales {shown(metrics['scales'], 'knn1_across')}" if "scales" in metrics else "")
     if probe == "compositionality":
         return f"cosine {shown(metrics, 'cosine_mean')} ± {shown(metrics, 'cosine_std')}, own parts before another patient's at the same place {shown(metrics, 'same_place_auc')}"
     return (f"median error in the warped view {shown(metrics['warp'], 'median_error', 1)} % of the width; same coordinates {shown(metrics['warp_same_place'], 'median_error', 1)} %"
