@@ -164,7 +164,8 @@ def pruned_structures(run, used, prefix: str | None = None):
         mine, (colour, marker) = [r["metrics"] for (a, _), r in found.items() if a == arm], arm_style(arm, arms)
         draw_pruning(axes, mine, same, 0.004*(i - (len(arms) - 1)/2), color=colour, marker=marker, label=arm_name(arm) + (f", level {', '.join(map(str, levels[arm]))}" if differ else ""))
     one = next(iter(found.values()))
+    kept = [arm_name(a) for a in arms if any("own" in r["metrics"]["base"] for (arm, _), r in found.items() if arm == a)]
     seeds, gone = len({s for _, s in found}), [arm_name(a) for a in arms_of(run) if a not in arms and any(a == arm for arm, _ in every)]
-    note(fig, f"{one['data']['name'] if differ else one['task']}: n = {one['n']['queries']} anchors of {one['n']['films']} films; {seeds} pretraining seed{'s'[:seeds != 1]}" + (f"; collapsed and left out: {', '.join(gone)}" if gone else ""))
+    note(fig, f"{one['data']['name'] if differ else one['task']}: n = {one['n']['queries']} anchors of {one['n']['films']} films; {seeds} pretraining seed{'s'[:seeds != 1]}" + (f"; in {', '.join(kept)} also overlapping parts of the anchor's own film can be pruned, which count in the pairs pruned alone" if kept else "") + (f"; collapsed and left out: {', '.join(gone)}" if gone else ""))
     legend_below(fig, axes[0])
     return fig
