@@ -23,8 +23,10 @@ HEADLINES = [  # kind, pattern of the metric, words, unit, +1 if larger is bette
     ("segment", r"(?P<what>[^/]+)/dice_image", "Dice, {what}, {shot} films", "%", 1), ("classify", r"(?P<what>[^/]+)/auroc_mean", "AUROC, {what}", "%", 1),
     ("segment", r"(?P<what>[^/]+)/dice_pooled", "Dice over pixels, {what}, {shot} films", "%", 1), ("segment", r"(?P<what>[^/]+)/iou_pooled", "IoU over pixels, {what}, {shot} films", "%", 1),    # where the published number is pooled
     ("locality", r"silhouette", "landmark silhouette", "−1 … 1", 1), ("locality", r"jittered/silhouette", "silhouette, moved patches", "−1 … 1", 1), ("locality", r"knn1", "landmark 1-NN", "%", 1),
+    ("locality", r"jittered/knn1", "landmark 1-NN, moved patches", "%", 1), ("locality", r"scales/knn1_across", "landmark 1-NN across scales", "%", 1), ("locality", r"linear_probe", "landmark linear probe", "%", 1),
     ("compositionality", r"own_vs_other_auc", "own-parts AUC", "0.5 … 1", 1), ("compositionality", r"same_place_auc", "own-parts AUC, same place", "0.5 … 1", 1),
-    ("correspondence", r"transfer/median_error", "landmark error", "% of the width", -1), ("correspondence", r"warp/median_error", "warped-view error", "% of the width", -1),
+    ("correspondence", r"transfer/median_error", "landmark error", "% of the width", -1), ("correspondence", r"warp/median_error", "warped-view error", "% of the width", -1), ("correspondence", r"elastic/median_error", "deformed-view error", "% of the width", -1),
+    ("correspondence", r"transfer/within_5", "landmarks within 5 % of the width", "%", 1), ("correspondence", r"masks/mean/dice", "Dice of carried masks", "%", 1),
 ]
 
 def _is_headline(task: str, metric: str) -> bool: return metric.split("/")[-1] == headline(task)
