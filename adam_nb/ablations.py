@@ -15,20 +15,27 @@ from matplotlib.figure import Figure
 
 from .config import AdamError
 from .marks import INK, STYLE, arm_style, dot, from_run, legend_below, name_rows, new_panels, note
+from .published import ablated, headline
 from .runs import Missing, Run, arm_name, arms_of, curve, pretraining, probe_results, seeds_of, waiting
 
 # %% ../nbs/23e_ablations.ipynb #32912257
 HEADLINES = [  # kind, pattern of the metric, words, unit, +1 if larger is better; numbers in % are stored as shares
     ("segment", r"(?P<what>[^/]+)/dice_image", "Dice, {what}, {shot} films", "%", 1), ("classify", r"(?P<what>[^/]+)/auroc_mean", "AUROC, {what}", "%", 1),
+    ("segment", r"(?P<what>[^/]+)/dice_pooled", "Dice over pixels, {what}, {shot} films", "%", 1), ("segment", r"(?P<what>[^/]+)/iou_pooled", "IoU over pixels, {what}, {shot} films", "%", 1),    # where the published number is pooled
     ("locality", r"silhouette", "landmark silhouette", "−1 … 1", 1), ("locality", r"jittered/silhouette", "silhouette, moved patches", "−1 … 1", 1), ("locality", r"knn1", "landmark 1-NN", "%", 1),
+    ("locality", r"jittered/knn1", "landmark 1-NN, moved patches", "%", 1), ("locality", r"scales/knn1_across", "landmark 1-NN across scales", "%", 1), ("locality", r"linear_probe", "landmark linear probe", "%", 1),
     ("compositionality", r"own_vs_other_auc", "own-parts AUC", "0.5 … 1", 1), ("compositionality", r"same_place_auc", "own-parts AUC, same place", "0.5 … 1", 1),
-    ("correspondence", r"transfer/median_error", "landmark error", "% of the width", -1), ("correspondence", r"warp/median_error", "warped-view error", "% of the width", -1),
+    ("correspondence", r"transfer/median_error", "landmark error", "% of the width", -1), ("correspondence", r"warp/median_error", "warped-view error", "% of the width", -1), ("correspondence", r"elastic/median_error", "deformed-view error", "% of the width", -1),
+    ("correspondence", r"transfer/within_5", "landmarks within 5 % of the width", "%", 1), ("correspondence", r"masks/mean/dice", "Dice of carried masks", "%", 1),
 ]
+
+def _is_headline(task: str, metric: str) -> bool: return metric.split("/")[-1] == headline(task)
 
 def headlines(frame):
     "The headline numbers in a table of `compare.collect`, one by one: (its rows, metric, label, unit, factor to the unit, +1 if larger is better)."
     for kind, pattern, words, unit, better in HEADLINES:
         some = frame[(frame.kind == kind) & frame.metric.str.fullmatch(pattern).astype(bool) & frame.value.notna()]
+        if pattern.endswith("_pooled"): some = some[np.array([_is_headline(t, m) for t, m in zip(some.task, some.metric)], dtype=bool)]
         for (_, shot, metric), part in some.groupby(["task", "shot", "metric"], dropna=False, sort=False):
             what = re.fullmatch(pattern, metric).groupdict().get("what", "")
             label = words.format(what=question_name(what) if kind == "classify" else what.replace("_", " "), shot=shot if isinstance(shot, (int, np.integer)) else "all")
@@ -42,14 +49,16 @@ def question_name(question: str) -> str:
     return _METHODS.get(method, method) + (f", {100 * float(share):.0f} % of the labels" if share else "")
 
 def headline_points(run: Run):
-    "The headline numbers of a run as a DataFrame, one per arm and pretraining seed (draws averaged): label, unit, better, arm, seed, value in the unit, task, path. Empty without results."
+    "The headline numbers of a run as a DataFrame, one per arm and pretraining seed (draws averaged): label, unit, better, arm, seed, value in the unit, task, path, published (`published.ablated`, else None). Empty without results."
     import pandas as pd
     from adam_nb.compare import collect
     results, rows = [r for r in run.results if r["kind"] != "pretrain"], []
-    for part, _, label, unit, factor, better in headlines(collect(results)) if results else ():
+    for part, metric, label, unit, factor, better in headlines(collect(results)) if results else ():
+        task = part.task.iloc[0]
+        theirs = lambda arm: ablated(task, metric.split("/")[0], arm) if part.kind.iloc[0] == "segment" and part.shot.isna().all() and _is_headline(task, metric) else None
         for (arm, seed), one in part.groupby(["arm", "pretrain_seed"], dropna=False, sort=False):
-            rows.append({"label": label, "unit": unit, "better": better, "arm": arm, "seed": -1 if pd.isna(seed) else int(seed), "value": factor * one.value.mean(), "task": one.task.iloc[0], "path": one.path.iloc[0]})
-    return pd.DataFrame(rows, columns=["label", "unit", "better", "arm", "seed", "value", "task", "path"])
+            rows.append({"label": label, "unit": unit, "better": better, "arm": arm, "seed": -1 if pd.isna(seed) else int(seed), "value": factor * one.value.mean(), "task": task, "path": one.path.iloc[0], "published": theirs(arm)})
+    return pd.DataFrame(rows, columns=["label", "unit", "better", "arm", "seed", "value", "task", "path", "published"])
 
 # %% ../nbs/23e_ablations.ipynb #c3f2963f
 def pruned_points(run: Run):
@@ -74,7 +83,7 @@ def _mean(values) -> tuple[float, float, float]:
 
 @from_run
 def ablation(run, used):
-    "The headline numbers of every arm, in the preset's order (as paper Fig. 5.2 and 5.3): mean with its 95 % interval over pretraining seeds, small points: single seeds."
+    "The headline numbers of every arm, in the preset's order (as paper Fig. 5.2 and 5.3): mean with its 95 % interval over pretraining seeds, small points: single seeds; hollow: the paper's values, on its data sets."
     import pandas as pd
     points = headline_points(run)
     if points.empty: raise Missing(f"There are no downstream numbers yet. {waiting(run, 'segment', 'classify', 'probes')}")
@@ -89,6 +98,9 @@ def ablation(run, used):
         for y, arm in enumerate(arms):
             mine = part[part.arm == arm].value.to_numpy()
             if not len(mine): continue
+            if paper := next(iter(part[part.arm == arm].published.dropna()), None):
+                mean, half = paper
+                dot(ax, mean, *((np.nan,)*2 if half is None else (mean - half, mean + half)), y - 0.24, INK, "D", hollow=True, size=6)
             dot(ax, *_mean(mine), y, *arm_style(arm, arms))
             if len(mine) > 1: ax.plot(mine, [y + 0.22] * len(mine), linestyle="none", marker=".", markersize=5, color=INK, alpha=0.6)
         twice = len(set(points[points.label == label].task)) > 1
@@ -97,8 +109,8 @@ def ablation(run, used):
         ax.set_xlabel(part.unit.iloc[0] + {1: ", right is better", -1: ", left is better", 0: ""}[better])
         ax.locator_params(axis="x", nbins=5)
         name_rows(ax, [arm_name(a) for a in arms])
-    n = points.groupby(["label", "task", "arm"]).seed.nunique()
-    note(fig, f"n = {n.min() if n.min() == n.max() else f'{n.min()}–{n.max()}'} pretraining seed{'s' if n.max() > 1 else ': this ranks encoders, not recipes'}; mean{' and 95 % interval' if n.max() > 1 else ''}")
+    n, hollow = points.groupby(["label", "task", "arm"]).seed.nunique(), points.published.notna().any()
+    note(fig, f"n = {n.min() if n.min() == n.max() else f'{n.min()}–{n.max()}'} pretraining seed{'s' if n.max() > 1 else ': this ranks encoders, not recipes'}; mean{' and 95 % interval' if n.max() > 1 else ''}" + ("; hollow: published, ± one standard deviation over fine-tunings, in another setting" if hollow else ""))
     return fig
 
 # %% ../nbs/23e_ablations.ipynb #1fd6c51a
@@ -164,7 +176,8 @@ def pruned_structures(run, used, prefix: str | None = None):
         mine, (colour, marker) = [r["metrics"] for (a, _), r in found.items() if a == arm], arm_style(arm, arms)
         draw_pruning(axes, mine, same, 0.004*(i - (len(arms) - 1)/2), color=colour, marker=marker, label=arm_name(arm) + (f", level {', '.join(map(str, levels[arm]))}" if differ else ""))
     one = next(iter(found.values()))
+    kept = [arm_name(a) for a in arms if any("own" in r["metrics"]["base"] for (arm, _), r in found.items() if arm == a)]
     seeds, gone = len({s for _, s in found}), [arm_name(a) for a in arms_of(run) if a not in arms and any(a == arm for arm, _ in every)]
-    note(fig, f"{one['data']['name'] if differ else one['task']}: n = {one['n']['queries']} anchors of {one['n']['films']} films; {seeds} pretraining seed{'s'[:seeds != 1]}" + (f"; collapsed and left out: {', '.join(gone)}" if gone else ""))
+    note(fig, f"{one['data']['name'] if differ else one['task']}: n = {one['n']['queries']} anchors of {one['n']['films']} films; {seeds} pretraining seed{'s'[:seeds != 1]}" + (f"; in {', '.join(kept)} also overlapping parts of the anchor's own film can be pruned, which count in the pairs pruned alone" if kept else "") + (f"; collapsed and left out: {', '.join(gone)}" if gone else ""))
     legend_below(fig, axes[0])
     return fig

@@ -24,8 +24,15 @@ def node(level: int, cell: int) -> int:
     "The row of a part in the list of all parts of all levels, coarse to fine."
     return 2**level - 1 + cell
 
+_BLOCK = 256        # films whose wholes meet all halves at a time: the largest array is 256 × films
+
+def _wins(whole: np.ndarray, halves: np.ndarray, own: np.ndarray, rivals) -> np.ndarray:
+    "(A,) share of the rivals to which a whole (A, D) is less similar than to its own halves, `own` (A,); ties half. `halves` (B, D), `rivals` (A, B) bool; unit vectors."
+    below = own[:, None] - whole @ halves.T
+    return (np.where(np.abs(below) < 1e-9, 0.5, below > 0)*rivals).sum(1)/rivals.sum(1)
+
 def level_scores(features, patient) -> list[dict[str, np.ndarray]]:
-    """Scores of each level n = 0 … L−1 from `features` (F, 2^(L+1) − 1, D), rows as `node` counts them, and `patient` (F,). Each score (F, 2^n) float64, NaN where there is no rival or when the features have collapsed.
+    """Scores of each level n = 0 … L−1 from `features` (F, 2^(L+1) − 1, D), rows as `node` counts them, and `patient` (F,). Each score (F, 2^n) float64, NaN where there is no rival or when the features have collapsed. Beside the features' own size, memory grows with F·2^n and not with F².
     `AdamError` for another number of rows, NaN, or one patient."""
     x = np.asarray(features, dtype=np.float64)
     if x.ndim != 3: raise AdamError(f"features must be (films, parts, D), but have the shape {x.shape}.")
@@ -40,14 +47,16 @@ def level_scores(features, patient) -> list[dict[str, np.ndarray]]:
         if flat: out.append({m: np.full((f, 2**n), np.nan) for m in ("cosine", "centred", "norm_ratio", "same_place_auc", "same_film_auc")}); continue
         length = np.linalg.norm(whole, axis=-1)
         own, u, h = cosine(whole, halves), unit(whole), unit(halves)
-        against = lambda rival: np.where(np.abs(own[..., None] - rival) < 1e-9, 0.5, own[..., None] > rival)
-        place, film = against(np.einsum("fcd,gcd->fcg", u, h)), against(np.einsum("fcd,fkd->fck", u, h))
-        others = (who[:, None] != who)[:, None]                                   # (F, 1, G)
-        not_own = ~np.eye(2**n, dtype=bool)
+        place, film = np.empty(own.shape), np.full(own.shape, np.nan)
+        for start in range(0, f, _BLOCK):
+            some = slice(start, start + _BLOCK)
+            others = who[some, None] != who
+            for c in cells: place[some, c] = _wins(u[some, c], h[:, c], own[some, c], others)
+        if n:
+            for i in range(f): film[i] = _wins(u[i], h[i], own[i], ~np.eye(2**n, dtype=bool))
         out.append({"cosine": own, "centred": cosine(whole - whole.mean((0, 1)), halves - halves.mean((0, 1))),
                     "norm_ratio": np.divide(np.linalg.norm(halves, axis=-1), length, out=np.full(own.shape, np.nan), where=length > 0),
-                    "same_place_auc": (place*others).sum(-1)/others.sum(-1),
-                    "same_film_auc": (film*not_own).sum(-1)/not_own.sum(-1) if n else np.full(own.shape, np.nan)})
+                    "same_place_auc": place, "same_film_auc": film})
     return out
 
 def summarise_levels(scores: list[dict], patient, seed: int = 0) -> dict[str, dict]:

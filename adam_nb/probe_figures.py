@@ -16,6 +16,22 @@ from .draw import PALETTE, Drawing
 from .marks import BLUE, GREEN, GREY, INK, ORANGE, PAPER, PURPLE, SKY, VERMILION, arm_style, dot, from_run, legend_below, name_rows, new_panels, note, number, spread
 from .runs import LANDMARKS, Missing, arm_name, arms_of, probe_results, waiting
 
+# %% ../nbs/23c_probe_figures.ipynb #5d0c7e02
+def _seeds(keys, arm: str) -> int: return sum(a == arm for a, _ in keys)
+
+def _standing(run, kind: str, prefix: str | None, part: str | None = None) -> tuple[dict, str]:
+    "The results of a probe by (arm, seed) that have not collapsed (in `part` of the metrics), and a sentence that names those that have, \"\" for none. `Missing` when all have."
+    every = probe_results(run, kind, prefix)
+    flat = {k for k, r in every.items() if ((r["metrics"].get(part) or {}) if part else r["metrics"]).get("collapsed")}
+    if every and len(flat) == len(every): raise Missing("Every encoder has collapsed: each gives one vector for every patch, and there is nothing to draw.")
+    names = [arm_name(a) + (f" ({_seeds(flat, a)} of {_seeds(every, a)} seeds)" if _seeds(flat, a) < _seeds(every, a) else "") for a in arms_of(run) if _seeds(flat, a)]
+    return {k: r for k, r in every.items() if k not in flat}, f"collapsed and not drawn: {', '.join(names)}" if names else ""
+
+def _row_names(arms: list[str], every: dict) -> list[str]:
+    "The arms' names, with (collapsed) behind those of which a pretraining seed has."
+    flat = {k for k, r in every.items() if r["metrics"].get("collapsed")}
+    return [arm_name(a) + ("" if not (n := _seeds(flat, a)) else " (collapsed)" if n == _seeds(every, a) else f" ({n} of {_seeds(every, a)} collapsed)") for a in arms]
+
 # %% ../nbs/23c_probe_figures.ipynb #197084ba
 _LANDMARK_COLOURS = [BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, GREY, BLUE, ORANGE, GREEN]
 _LANDMARK_MARKERS = "osD^vPXp*h"
@@ -24,7 +40,8 @@ _LANDMARK_MARKERS = "osD^vPXp*h"
 @from_run
 def landmark_maps(run, used, prefix: str | None = None) -> Figure:
     "t-SNE maps of the landmark patches, an arm in each panel (paper Fig. 4.1, with its numbers for its ten landmarks), from the first pretraining seed of each."
-    found = {a: r for (a, s), r in sorted(probe_results(run, "locality", prefix).items(), key=lambda i: -i[0][1]) if r["series"].get("tsne")}
+    standing, gone = _standing(run, "locality", prefix)
+    found = {a: r for (a, s), r in sorted(standing.items(), key=lambda i: -i[0][1]) if r["series"].get("tsne")}
     arms = [a for a in arms_of(run) if a in found]
     if not arms: raise Missing(f"No landmark map. {waiting(run, 'probes')}")
     used += [found[a] for a in arms]
@@ -47,6 +64,7 @@ def landmark_maps(run, used, prefix: str | None = None) -> Figure:
         ax.text(0, 1.02, f"{len(xy)} patches" + (f", {n['patients']} patients" if n.get("patients") else ""), transform=ax.transAxes, fontsize=10, va="bottom")
         ax.set(xticks=[], yticks=[], xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)")
         ax.grid(False)
+    note(fig, gone)
     legend_below(fig, *axes, columns=4 if len(arms) > 2 else 3, markerscale=1.6)
     return fig
 
@@ -77,8 +95,7 @@ def locality_numbers(run, used, prefix: str | None = None) -> Figure:
         if name == "knn1" and first["metrics"].get("chance") is not None: ax.axvline(first["metrics"]["chance"], color=INK, linestyle=":", linewidth=1.4)
         ax.set_xlabel(label)
         if name != "silhouette": ax.set_xlim(min(0, ax.get_xlim()[0]), 1.03)
-    flat = {a for (a, _), r in found.items() if r["metrics"].get("collapsed")}
-    name_rows(axes[0], [arm_name(a) + (" (collapsed)" if a in flat else "") for a in arms] + [c for _, c in controls])
+    name_rows(axes[0], _row_names(arms, found) + [c for _, c in controls])
     n = first["series"].get("n", first["n"])
     note(fig, f"n = {n.get('patches', '?')} patches of {n.get('patients', '?')} patients; filled: in place, hollow: jittered; dotted: chance")
     return fig
@@ -105,7 +122,8 @@ def _rivals(ax, metrics: dict, y: float, colour: str, marker: str, scale: float 
 @from_run
 def compositionality_densities(run, used, prefix: str | None = None) -> Figure:
     "Density of cos(whole, mean of its parts) for each arm with the control of foreign parts, and the AUC of own against foreign parts with 95 % intervals over patients."
-    found = {k: r for k, r in probe_results(run, "compositionality", prefix).items() if r["series"].get("cosine") and not r["metrics"].get("collapsed")}
+    standing, gone = _standing(run, "compositionality", prefix)
+    found = {k: r for k, r in standing.items() if r["series"].get("cosine")}
     arms = [a for a in arms_of(run) if any(k[0] == a for k in found)]
     if not arms: raise Missing(f"No compositionality. {waiting(run, 'probes')}")
     used += found.values()
@@ -136,6 +154,7 @@ def compositionality_densities(run, used, prefix: str | None = None) -> Figure:
     right.axvline(0.5, color=INK, linestyle=":", linewidth=1.4)
     right.set(xlabel="AUC (0.5 = no relation)", xlim=(min(0.45, right.get_xlim()[0]), 1.02))
     for row, label in zip((0, 1, 2), _RIVALS.values()): right.plot([], [], linestyle="none", marker="o", color=INK, markersize=(9, 8, 5)[row], markerfacecolor=INK if row != 1 else "none", label=label)
+    note(fig, gone)
     legend_below(fig, left, right, columns=4)
     return fig
 
@@ -151,8 +170,7 @@ def correspondence_errors(run, used, prefix: str | None = None) -> Figure:
     arms = [a for a in arms_of(run) if any(k[0] == a for k in found)]
     if not arms: raise Missing(f"No correspondence. {waiting(run, 'probes')}")
     used += found.values()
-    first = next((r for r in found.values() if not r["metrics"].get("collapsed")), None)
-    if first is None: raise Missing("Every encoder has collapsed: each gives one vector for every patch, and there is no correspondence to draw.")
+    first = next(iter(_standing(run, "correspondence", prefix)[0].values()))
     questions = [q for q in _QUESTIONS if q in first["metrics"]]
     fig, axes = new_panels(len(questions), columns=3, width=4.5, height=1.9 + 0.46 * (len(arms) + 3), sharey=True)
     n = first["series"].get("n", first["n"])
@@ -164,7 +182,7 @@ def correspondence_errors(run, used, prefix: str | None = None) -> Figure:
         ax.set_title(f"{_QUESTIONS[q]}\nn = {n.get(_COUNTS.get(q, 'landmarks'), '?')}, {n.get('patients', '?')} patients", fontsize=12, fontweight="normal")
         ax.set_xlabel("median error (% of the width)")
         ax.set_xlim(0, None)
-    for ax in axes: name_rows(ax, [arm_name(a) for a in arms] + list(_BASELINES.values()))
+    for ax in axes: name_rows(ax, _row_names(arms, found) + list(_BASELINES.values()))
     return fig
 
 # %% ../nbs/23c_probe_figures.ipynb #24b2f263
@@ -182,8 +200,8 @@ def _cell(row: int, column: int, grid, image: np.ndarray) -> tuple[float, float]
 def correspondence_pictures(run, used, prefix: str | None = None, kind: str = "patients", lines: int = 20) -> Figure:
     """Cells of the first pair of films of each arm, joined where both are most like each other, evenly chosen where they are many.
     The pair: two patients (`kind` "patients") or a film and its own warped view ("warp"). `lines`: at most so many are drawn."""
-    found = {}
-    for (arm, _), r in sorted(probe_results(run, "correspondence", prefix).items(), key=lambda i: -i[0][1]):
+    found, (standing, gone) = {}, _standing(run, "correspondence", prefix)
+    for (arm, _), r in sorted(standing.items(), key=lambda i: -i[0][1]):
         example = next((e for e in r["series"].get("examples") or [] if e["kind"] == kind), None)
         if example: found[arm] = (r, example)
     arms = [a for a in arms_of(run) if a in found]
@@ -202,13 +220,15 @@ def correspondence_pictures(run, used, prefix: str | None = None, kind: str = "p
         ax.set(xlim=(0, 200 + gap), ylim=(100 * max(i.shape[0] / i.shape[1] for i in (a, b)), 0))
         ax.set_axis_off()
         ax.set_title(f"{arm_name(arm)}: {len(pick)} of {len(pairs)} mutual matches, cosine ≥ {e['threshold']}", fontsize=11.5)
+    note(fig, gone)
     return fig
 
 # %% ../nbs/23c_probe_figures.ipynb #053cd0f2
 @from_run
 def scale_matrices(run, used, prefix: str | None = None) -> Figure:
     "Cross-patient 1-NN of landmarks over the scales of query and searched boxes, a panel for each arm, mean over its pretraining seeds."
-    found = {k: r for k, r in probe_results(run, "locality", prefix).items() if r["series"].get("scales") and not (r["metrics"].get("scales") or {}).get("collapsed")}
+    standing, gone = _standing(run, "locality", prefix, "scales")
+    found = {k: r for k, r in standing.items() if r["series"].get("scales")}
     arms = [a for a in arms_of(run) if any(k[0] == a for k in found)]
     if not arms: raise Missing(f"No landmarks across scales. {waiting(run, 'probes')}")
     used += found.values()
@@ -224,14 +244,15 @@ def scale_matrices(run, used, prefix: str | None = None) -> Figure:
         ax.grid(False)
     fig.colorbar(image, ax=axes, shrink=0.7, label="cross-patient 1-NN")
     n = mine[0].get("n", {})
-    note(fig, f"n = {n.get('landmarks', '?')} landmarks of {n.get('patients', '?')} patients at each scale")
+    note(fig, f"n = {n.get('landmarks', '?')} landmarks of {n.get('patients', '?')} patients at each scale" + (f"; {gone}" if gone else ""))
     return fig
 
 # %% ../nbs/23c_probe_figures.ipynb #e70c987c
 @from_run
 def level_curves(run, used, prefix: str | None = None) -> Figure:
     "Centred cosine and AUCs of a part with its own two halves, over the decomposer's levels, with 95 % intervals over patients (one pretraining seed) or as a line for each seed; dotted: no relation."
-    found = {k: r for k, r in probe_results(run, "compositionality", prefix).items() if r["metrics"].get("levels") and not r["metrics"]["levels"].get("collapsed")}
+    standing, gone = _standing(run, "compositionality", prefix, "levels")
+    found = {k: r for k, r in standing.items() if r["metrics"].get("levels")}
     arms = [a for a in arms_of(run) if any(k[0] == a for k in found)]
     if not arms: raise Missing(f"No compositionality over the levels. {waiting(run, 'probes')}")
     used += found.values()
@@ -252,14 +273,15 @@ def level_curves(run, used, prefix: str | None = None) -> Figure:
         ax.set(xlabel="level of the whole", ylabel=label, xticks=levels)
     legend_below(fig, *axes)
     n = next(iter(found.values()))["series"].get("levels", {}).get("n", {})
-    note(fig, f"n = {n.get('films', '?')} films of {n.get('patients', '?')} patients; dotted: no relation")
+    note(fig, f"n = {n.get('films', '?')} films of {n.get('patients', '?')} patients; dotted: no relation" + (f"; {gone}" if gone else ""))
     return fig
 
 # %% ../nbs/23c_probe_figures.ipynb #35d6a4d7
 @from_run
 def one_example(run, used, prefix: str | None = None, films: int = 2) -> Figure:
     "One annotated film (left) and where each arm finds its landmarks in other patients: ring = truth, filled mark = found, joined by a line."
-    found = {a: r for (a, s), r in sorted(probe_results(run, "correspondence", prefix).items(), key=lambda i: -i[0][1]) if (r["series"].get("found") or {}).get("targets")}
+    standing, gone = _standing(run, "correspondence", prefix)
+    found = {a: r for (a, s), r in sorted(standing.items(), key=lambda i: -i[0][1]) if (r["series"].get("found") or {}).get("targets")}
     arms = [a for a in arms_of(run) if a in found]
     if not arms: raise Missing(f"No film that was searched by one example. {waiting(run, 'probes')}")
     used += [found[a] for a in arms]
@@ -286,5 +308,6 @@ def one_example(run, used, prefix: str | None = None, films: int = 2) -> Figure:
                 ax.plot(*guess, marker=marker, markersize=7, color=colour, markeredgecolor="white", markeredgewidth=0.6)
         if m.get("median_error") is not None: row[1].set_title(f"error {m['median_error']:.1f} % of the width", fontsize=11, fontweight="normal")
         for ax in row[1 + len(f["targets"]):]: ax.set_axis_off()
+    note(fig, gone)
     legend_below(fig, fig.axes[0], columns=5)
     return fig

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_trained', 'last_level', 'Sample', 'draw_sample', 'in_frame', 'box_iou', 'precision_table', 'run_pruning',
-           'prune_precision', 'GAMMAS', 'PruningConfig']
+           'with_own', 'prune_precision', 'GAMMAS', 'PruningConfig']
 
 # %% ../nbs/22b_pruning.ipynb #dfffc23d
 import math, time
@@ -108,11 +108,15 @@ def precision_table(
     group: np.ndarray,                  # (N,) the query's film, for the intervals
     thresholds: Sequence[float] = GAMMAS,
     seed: int = 0,
+    own: np.ndarray | None = None,      # (N, M) bool: more pairs that can be pruned, of overlapping parts of one film
 ) -> dict[str, dict]:
     """{"base": {name: share of same pairs}, "0.80": {"pruned", "pruned_pairs", name_precision, name_recall}, …}; `pruned` and precisions with `_low`, `_high` (95 % over the queries' films). None where nothing was pruned, or nothing is the same.
+    `pruned` and `pruned_pairs` are of all pairs, with `own`; the bases, precisions and recalls of `same` without it. `own_precision` is its share of the pruned pairs, `own_recall` the share of it that is pruned, its base the share of all pairs.
     `AdamError` for NaN, or without a pair."""
     if not np.isfinite(similarity).all(): raise AdamError("The similarities hold NaN or infinite values; the training has diverged, take an earlier state.")
-    total = allowed.sum(1)
+    every = allowed if own is None else allowed | own
+    kinds = {n: (s & allowed, allowed) for n, s in same.items()} | ({} if own is None else {"own": (own, every)})       # the same pairs, among which pairs
+    total = every.sum(1)
     if not total.sum(): raise AdamError("There is no pair of different parts; give more films or draws.")
     def share(above, below, at_all=True):
         if not below.sum(): return (None,)*3
@@ -120,13 +124,13 @@ def precision_table(
         low, high = bootstrap_ci(rows, group, seed, lambda r: r[:, 0].sum()/r[:, 1].sum() if r[:, 1].sum() else math.nan, resamples=300)
         return tuple(None if math.isnan(v) else float(v) for v in (above.sum()/below.sum(), low, high))
     def named(name, triple): return dict(zip((name, f"{name}_low", f"{name}_high"), triple))
-    out = {"base": {n: float((s & allowed).sum()/total.sum()) for n, s in same.items()}}
+    out = {"base": {n: float(s.sum()/max(among.sum(), 1)) for n, (s, among) in kinds.items()}}
     for gamma in thresholds:
-        pruned = ~keep_mask(torch.from_numpy(np.asarray(similarity)), gamma).numpy() & allowed
+        pruned = ~keep_mask(torch.from_numpy(np.asarray(similarity)), gamma).numpy() & every
         row = named("pruned", share(pruned.sum(1), total)) | {"pruned_pairs": int(pruned.sum())}
-        for n, s in same.items():
-            right, there = (pruned & s).sum(1), (allowed & s).sum()
-            row |= named(f"{n}_precision", share(right, pruned.sum(1))) | {f"{n}_recall": float(right.sum()/there) if there else None}
+        for n, (s, among) in kinds.items():
+            right, there = (pruned & s).sum(1), s.sum()
+            row |= named(f"{n}_precision", share(right, (pruned & among).sum(1))) | {f"{n}_recall": float(right.sum()/there) if there else None}
         out[f"{gamma:.2f}"] = row
     return out
 
@@ -141,11 +145,13 @@ def run_pruning(
     draws: int = 4,                     # parts a film
     least_iou: float = 0.3,             # of crops in the anatomical frame that count as the same
     batch: int = 64,
+    exclude_own: bool = True,           # as in training: keys of overlapping parts of the anchor's own film are no negatives
 ) -> tuple[dict, dict]:
-    "Metrics: those of `precision_table` for `part` and, where films have landmarks, `anatomy`; `collapsed`, where all are pruned that can be. Series: `thresholds`, `level`, `n` {queries, films, pairs}."
+    "Metrics: those of `precision_table` for `part` and, where films have landmarks, `anatomy`, and with `exclude_own` false for `own`; `collapsed`, where all are pruned that can be. Series: `thresholds`, `level`, `exclude_own`, `n` {queries, films, pairs}."
     s = draw_sample(model, augment, records, level, draws, seed, batch)
     ids = torch.tensor([pack_id(int(f), level, int(c)) for f, c in zip(s.film, s.cell)])
-    allowed = ~overlap(ids, ids).numpy()
+    overlapping = overlap(ids, ids).numpy()
+    allowed, own = ~overlapping, None if exclude_own else overlapping & ~np.eye(len(ids), dtype=bool)       # a positive is never pruned
     same = {"part": (s.cell[:, None] == s.cell) & (s.film[:, None] != s.film)}
     if all(r.landmarks for r in records):
         films, _ = with_landmarks(records)
@@ -153,11 +159,16 @@ def run_pruning(
             landmarks = [{k: (x/r.size[1], y/r.size[0]) for k, (x, y) in r.landmarks.items()} for r in films]
             same["anatomy"] = (box_iou(in_frame(s.box_q, s.film, landmarks), in_frame(s.box_k, s.film, landmarks)) >= least_iou) & (s.film[:, None] != s.film)
     similarity = s.q @ s.k.T
-    table = precision_table(similarity, same, allowed, s.film, thresholds, seed)
-    collapsed = bool(np.ptp(similarity[allowed]) < 1e-5)
-    return table | {"collapsed": collapsed}, {"thresholds": list(thresholds), "level": level, "n": {"queries": len(s.film), "films": len(np.unique(s.film)), "pairs": int(allowed.sum())}}
+    table = precision_table(similarity, same, allowed, s.film, thresholds, seed, own)
+    every = allowed if own is None else allowed | own
+    collapsed = bool(np.ptp(similarity[every]) < 1e-5)
+    return table | {"collapsed": collapsed}, {"thresholds": list(thresholds), "level": level, "exclude_own": exclude_own, "n": {"queries": len(s.film), "films": len(np.unique(s.film)), "pairs": int(every.sum())}}
 
 # %% ../nbs/22b_pruning.ipynb #f206d484
+def with_own(thresholds: Sequence[float], own: float | None) -> list[float]:
+    "The thresholds and the one that an arm was trained with, ascending; two that are written alike (\"0.80\") are one, its own."
+    return sorted({f"{g:.2f}": g for g in (*thresholds, *([] if own is None else [own]))}.values())
+
 def prune_precision(
     config: PruningConfig,
     state,                              # folder of a pretraining stage, or a state file
@@ -165,13 +176,13 @@ def prune_precision(
     arm: str = "adam",
     pretrain_seed: int = 0,
 ) -> dict:
-    "The result (kind \"pruning\") of a trained state on films that it has not seen."
+    "The result (kind \"pruning\") of a trained state on films that it has not seen. The threshold and the own keys are those that it was trained with: its γ is measured beside the config's."
     start, (model, trained) = time.time(), load_trained(state)
     records = choose(dataset(config.data, config.data_root, config.split, **config.data_options), config.n_images, config.seed)
     level = last_level(trained) if config.level is None else config.level
     with thread_count(config.threads):
-        metrics, series = run_pruning(model, augment_of(trained), records, level, config.thresholds, config.seed, config.draws, config.least_iou, config.batch_size)
-        res = result("pruning", arm=arm, seeds={"pretrain_seed": pretrain_seed, "probe_seed": config.seed}, config=to_dict(config) | {"trained_threshold": trained.threshold},
+        metrics, series = run_pruning(model, augment_of(trained), records, level, with_own(config.thresholds, trained.threshold), config.seed, config.draws, config.least_iou, config.batch_size, trained.exclude_own)
+        res = result("pruning", arm=arm, seeds={"pretrain_seed": pretrain_seed, "probe_seed": config.seed}, config=to_dict(config) | {"trained_threshold": trained.threshold, "trained_exclude_own": trained.exclude_own},
                      data={"name": records.name, "hash": records.fingerprint(), "n": len(records), "split": config.split}, metrics=metrics, n=series["n"], wall_time_s=time.time() - start, series=series, task=f"{records.name}, level {level}")
     if out is not None: write_result(out, res)
     return res

@@ -150,15 +150,16 @@ def _pruned(run: Run) -> str:
     "What a threshold really prunes, where the run asks for it."
     results = probe_results(run, "pruning")
     levels = {r["series"].get("level") for r in results.values()}
-    found = {k: r["metrics"] for k, r in results.items() if not r["metrics"].get("collapsed")}
+    found = {k: r for k, r in results.items() if not r["metrics"].get("collapsed")}
     if not found: return _figures(run, "pruned_structures") if any(n["notebook"] == "pruning" for n in run.nodes) else ""
-    said = []
+    said, same = [], "anatomy" if all("anatomy" in r["metrics"]["base"] for r in found.values()) else "part"
     for arm in dict.fromkeys(a for a, _ in found):
-        mine = [m for (a, _), m in found.items() if a == arm]
-        same = "anatomy" if "anatomy" in mine[0]["base"] else "part"
-        right = [m["0.80"][f"{same}_precision"] for m in mine if m.get("0.80") and m["0.80"][f"{same}_precision"] is not None]
-        if right: said.append(f"{arm_name(arm)}: {100*np.mean(right):.0f} % (of all pairs {100*np.mean([m['base'][same] for m in mine]):.0f} %)")
-    return _says(*[f"Of the pairs above the threshold 0.80 so many show the same {same}: " + "; ".join(said) + "." + (" They were asked at different levels, and are not to be compared." if len(levels) > 1 else "")][:bool(said)]) + _figures(run, "pruned_structures")
+        mine = [r["metrics"] for (a, _), r in found.items() if a == arm]
+        trained = next((r["config"].get("trained_threshold") for (a, _), r in found.items() if a == arm), None)
+        gamma = f"{0.8 if trained is None else trained:.2f}"                # an arm without a pruner is asked what one would remove
+        right = [m[gamma][f"{same}_precision"] for m in mine if m.get(gamma) and m[gamma][f"{same}_precision"] is not None]
+        if right: said.append(f"{arm_name(arm)}, {'for reference' if trained is None else 'its own'} {gamma}: {100*np.mean(right):.0f} % (of all pairs {100*np.mean([m['base'][same] for m in mine]):.0f} %)")
+    return _says(*[f"Of the pairs above a threshold so many show the same {same}: " + "; ".join(said) + "." + (" Overlapping parts of one film are not counted in it." if any("own" in r["metrics"]["base"] for r in found.values()) else "") + (" They were asked at different levels, and are not to be compared." if len(levels) > 1 else "")][:bool(said)]) + _figures(run, "pruned_structures")
 
 # %% ../nbs/25_report.ipynb #71e13a79
 def _loss(run: Run, album: Album) -> str:
