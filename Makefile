@@ -46,5 +46,5 @@ clean:
 
 # README.md from nbs/index.ipynb
 readme: .venv/.ready
-	.venv/bin/jupyter nbconvert --to markdown --RegexRemovePreprocessor.enabled=True --RegexRemovePreprocessor.patterns="^\s*\#\|\s*hide" --output-dir . --output README nbs/index.ipynb
+	.venv/bin/jupyter nbconvert --to markdown --RegexRemovePreprocessor.enabled=True --RegexRemovePreprocessor.patterns="^\s*(\#\|\s*hide|<!-- in the notebook only)" --output-dir . --output README nbs/index.ipynb
 	sed -i.bak "s|](images/|](nbs/images/|" README.md && rm README.md.bak

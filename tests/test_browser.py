@@ -155,7 +155,7 @@ class Explorer:
             box.fill(text); box.press("Enter")
         return act
     def tick(self, label: str): return self.page.locator(".adam-explorer .widget-checkbox", has_text=label).locator("input").click
-    def button(self, label: str): return self.page.locator(".adam-explorer button.widget-button", has_text=label).click
+    def button(self, label: str): return self.page.locator(".adam-explorer").get_by_role("button", name=label, exact=True).click
     def pixel(self, picture: int, x: float, y: float) -> np.ndarray:
         "RGB at a place (shares of width and height) of a picture as it is on the screen."
         return np.array(self.page.evaluate(PIXEL, [picture, x, y]))
@@ -258,6 +258,10 @@ def test_correspondence(lab):
     e.changes(e.button("pin"), 0, 1)
     e.changes(e.tick("in 10 patients"), 2)
     for cell in (40, 90, 150): e.changes(e.click(cell))
+    e.enter("name", "apex")(); e.tick("click pins")()
+    e.changes(e.click(53))                                                             # a click that pins, in the strip too
+    assert e.ask("list(explorer.pins)") == "['hilum', 'apex']"
+    e.changes(e.button("unpin")); e.tick("click pins")()
     e.enter("file", str(e.folder/"points.csv"))(); e.button("save points")()
     e.page.wait_for_function("document.querySelector('.adam-explorer [role=alert]') && document.querySelector('.adam-explorer [role=alert]').innerText.includes('points.csv')", timeout=60_000)
     lines = (e.folder/"points.csv").read_text().splitlines()

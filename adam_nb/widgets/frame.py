@@ -58,6 +58,7 @@ class _Setting:
     def __set__(self, explorer, value):
         if explorer.broken: raise AdamError(explorer.problem)
         try: value = self.check(explorer, value)
+        except AdamError: raise             # says all that is to be said
         except (OverflowError, TypeError, ValueError) as e: raise AdamError(f"{self.name} cannot be {value!r} ({e}).") from None
         if self.name in explorer._values and _same(explorer._values[self.name], value): return
         before = dict(explorer._values)
