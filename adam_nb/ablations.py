@@ -165,7 +165,7 @@ def pruned_structures(run, used, prefix: str | None = None):
     every = probe_results(run, "pruning", prefix)
     if not every: raise Missing(f"There is no measurement of what is pruned. {waiting(run, 'pruning')}")
     found = {k: r for k, r in every.items() if not r["metrics"].get("collapsed")}
-    if not found: raise Missing("Every arm has collapsed: all pairs have the same cosine, and a threshold prunes all or none.")
+    if not found: raise Missing(f"Every arm measured so far has collapsed ({', '.join(dict.fromkeys(arm_name(a) for a, _ in every))}): all pairs have the same cosine, and a threshold prunes all or none.")
     used += found.values()
     same = "anatomy" if all("anatomy" in r["metrics"]["base"] for r in found.values()) else "part"
     arms = [a for a in arms_of(run) if any(a == arm for arm, _ in found)]

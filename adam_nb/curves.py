@@ -51,7 +51,7 @@ def plot_log(
     "Loss with its chance level, share of negatives kept, similarities, and alignment and uniformity of each epoch, over updates. `AdamError` when the log has no step yet."
     events = log_events(path)
     steps = [e for e in events if e["event"] == "step"]
-    if not steps: raise AdamError(f"The log {path} has no step yet; look again when pretraining has begun.")
+    if not steps: raise AdamError(f"The log {path if isinstance(path, (str, os.PathLike)) else ', '.join(map(str, path))} has no step yet; look again when pretraining has begun.")
     x = [e["global_step"] for e in steps]
     column = lambda name: [math.nan if e.get(name) is None else e[name] for e in steps]
     fig, axes = plt.subplots(4, 1, figsize=(7, 8), sharex=True, layout="constrained", height_ratios=[3, 1.5, 2, 2])

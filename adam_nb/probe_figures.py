@@ -23,7 +23,9 @@ def _standing(run, kind: str, prefix: str | None, part: str | None = None) -> tu
     "The results of a probe by (arm, seed) that have not collapsed (in `part` of the metrics), and a sentence that names those that have, \"\" for none. `Missing` when all have."
     every = probe_results(run, kind, prefix)
     flat = {k for k, r in every.items() if ((r["metrics"].get(part) or {}) if part else r["metrics"]).get("collapsed")}
-    if every and len(flat) == len(every): raise Missing("Every encoder has collapsed: each gives one vector for every patch, and there is nothing to draw.")
+    if every and len(flat) == len(every):
+        open_ = {a for a in arms_of(run)} - {a for a, _ in every}
+        raise Missing(f"Every encoder {'probed so far ' if open_ else ''}has collapsed ({', '.join(dict.fromkeys(arm_name(a) for a, _ in every))}): each gives one vector for every patch, and there is nothing to draw." + (f" {waiting(run, 'probes')}" if open_ else ""))
     names = [arm_name(a) + (f" ({_seeds(flat, a)} of {_seeds(every, a)} seeds)" if _seeds(flat, a) < _seeds(every, a) else "") for a in arms_of(run) if _seeds(flat, a)]
     return {k: r for k, r in every.items() if k not in flat}, f"collapsed and not drawn: {', '.join(names)}" if names else ""
 

@@ -65,7 +65,7 @@ def _before(stage: Path) -> Path | None:
     "The stage from which this one went on, where that lies in the folder of another arm of the run, which shares it; None where there is none."
     wanted, name = _state_of(stage).get("init"), re.fullmatch(r"(.*?)(\d+)", stage.name)
     if not wanted or not name or int(name[2]) == 0: return None
-    beside = stage.resolve().parent.parent.parent.glob(f"*/{stage.resolve().parent.name}/{name[1]}{int(name[2]) - 1}/checkpoints")        # <run>/<arm>/<seed>/stage<k>
+    beside = stage.resolve().parents[2].glob(f"*/{stage.resolve().parent.name}/{name[1]}{int(name[2]) - 1}/checkpoints")        # <run>/<arm>/<seed>/stage<k>
     return next((c.parent for c in sorted(beside) if (found := newest_state(c)) and state_digest(found[1]) == wanted), None)
 
 def stages_of_run(
@@ -74,9 +74,11 @@ def stages_of_run(
     level: int | None = None,           # None: the finest that the last stage was trained at
 ) -> dict[str, Callable[[], Parts]]:
     "'random' and the name of each stage -> a function that gives the parts as that checkpoint sees them, computed once. `AdamError` when no stage is there."
-    listed = isinstance(folder, (list, tuple))
-    stages = [Path(f) for f in folder] if listed else [Path(folder)] if (Path(folder)/"checkpoints").is_dir() else sorted(p.parent for p in Path(folder).glob("*/checkpoints"))
-    while stages and not listed and (before := _before(stages[0])): stages.insert(0, before)
+    if isinstance(folder, (list, tuple)): stages = [Path(f) for f in folder]
+    elif (Path(folder)/"checkpoints").is_dir(): stages = [Path(folder)]
+    else:
+        stages = sorted(p.parent for p in Path(folder).glob("*/checkpoints"))
+        while stages and (before := _before(stages[0])): stages.insert(0, before)
     if not stages: raise AdamError(f"There is no stage with checkpoints in {folder}; name the folder of an arm, or run its first stage.")
     if level is None: level = _finest(load_adam(stages[-1])[1])
     once = lambda *a, **k: lru_cache(maxsize=1)(partial(parts_of_run, *a, **k))

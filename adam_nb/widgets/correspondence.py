@@ -92,7 +92,7 @@ def show_point(
     mutual: bool | None = None,         # whether the best match leads back
     truth: tuple[float, float] | None = None,   # relative true place in image b, where it is known
     names: tuple[str, str] = ("image a", "image b"),
-    pins: dict | None = None,           # name -> (point in a, point found in b, mutual)
+    pins: dict | None = None,           # name -> (point in a, point found in b, mutual, colour)
 ) -> Figure:
     "A point in one film, its similarity to every place in another, and the best match there; named points beside it."
     figure, axes = new_figure(1, 2, width=4.2, height=4.2)
@@ -104,10 +104,10 @@ def show_point(
     r, c = np.unravel_index(int(similarity.argmax()), similarity.shape)
     left.plot(point[0]*wa, point[1]*ha, "o", markersize=11, markerfacecolor="none", markeredgecolor=PALETTE[0], markeredgewidth=2.5)
     right.plot((c + .5)/columns*wb, (r + .5)/rows*hb, "o" if mutual else "s", markersize=11, markerfacecolor="none", markeredgecolor=PALETTE[0], markeredgewidth=2.5)
-    for i, (name, (here, there, both)) in enumerate((pins or {}).items()):
+    for name, (here, there, both, ink) in (pins or {}).items():
         for ax, (x, y), (h, w), mark in ((left, here, (ha, wa), "o"), (right, there, (hb, wb), "o" if both else "s")):
-            ax.plot(x*w, y*h, mark, markersize=7, markerfacecolor="none", markeredgecolor=colour(i + 1), markeredgewidth=2)
-            ax.annotate(name, (x*w, y*h), xytext=(7, 0), textcoords="offset points", color=colour(i + 1), fontsize=9, va="center")
+            ax.plot(x*w, y*h, mark, markersize=7, markerfacecolor="none", markeredgecolor=ink, markeredgewidth=2)
+            ax.annotate(name, (x*w, y*h), xytext=(7, 0), textcoords="offset points", color=ink, fontsize=9, va="center")
     if truth is not None: right.plot(truth[0]*wb, truth[1]*hb, "x", markersize=10, color="white", markeredgewidth=2.5)
     figure.colorbar(shown, ax=right, label="cosine", shrink=0.8)
     figure.suptitle(f"best match: cosine {similarity.max():.2f}" + {True: ", mutual", False: ", one way", None: ""}[mutual] + ("; × true place" if truth is not None else ""), fontsize=11)
@@ -207,12 +207,16 @@ class CorrespondenceExplorer(Explorer):
         "The present state for print."
         m = self.match
         return show_point(self.films.image(self.a), self.warp.image if self.b == "warp" else self.films.image(self.b), self.point, m["map"], m["mutual"], m.get("truth"), (self._title(self.a), self._title(self.b)),
-                          {name: (point, (found := self._find(film, point, self.b))["point"], found["mutual"]) for name, (film, point) in self.pins.items() if film == self.a})
+                          {name: (point, (found := self._find(film, point, self.b))["point"], found["mutual"], colour(i + 1)) for i, (name, (film, point)) in enumerate(self.pins.items()) if film == self.a})
 
 # %% ../../nbs/26f_widgets.correspondence.ipynb #b343d3ad
+def _free(pins: dict) -> str:
+    "A name 'point k' that no pin has, k from their number on."
+    return next(f"point {k}" for k in range(len(pins) + 1, 2*len(pins) + 2) if f"point {k}" not in pins)
+
 def _pin(self, name: str | None = None):
     "Name the present point of film a; a name given twice moves its pin."
-    name = (name or "").strip() or f"point {len(self.pins) + 1}"
+    name = (name or "").strip() or _free(self.pins)
     self.pins[name] = (self.a, self.point)
     if self._front is not None: self.redraw()
 
@@ -296,17 +300,26 @@ def _arrange(self):
 
 # %% ../../nbs/26f_widgets.correspondence.ipynb #c1cb04a7
 def _follow(self, name: str):
+    if name == "b" and self._front is not None: self._offer_b()
     if name == "arm" and self.strip:
         for i in self.strip_films: self.film(i)
     if name == "point" and self._front is not None:
         for i, s in enumerate(self._sliders):
             if abs(s.value - 100*self.point[i]) > 1e-6: s.value = 100*self.point[i]
 
+def _offer_b(self):
+    "Have film b among the choices, which are the first 500 films, the present one, and the warp."
+    control, some = self.parts_of_front["b"], range(min(len(self.films), 500))
+    if self.b in [v for _, v in control.options]: return
+    self._quiet = True
+    try: control.options = [(self.films.name(i), i) for i in [*some, self.b]] + [("the same, turned", "warp")]
+    finally: self._quiet = False
+
 def _controls(self) -> list:
     import ipywidgets as w
     narrow = w.Layout(width="150px")
     a = self.bind("a", w.BoundedIntText(self.a, min=0, max=10**9, description="from film", layout=narrow))
-    b = self.bind("b", w.Dropdown(options=[(self.films.name(i), i) for i in range(min(len(self.films), 500))] + [("the same, turned", "warp")], value=self.b, description="to", layout=w.Layout(width="230px")))
+    b = self.bind("b", w.Dropdown(options=[(self.films.name(i), i) for i in dict.fromkeys([*range(min(len(self.films), 500)), *([self.b] if self.b != "warp" else [])])] + [("the same, turned", "warp")], value=self.b, description="to", layout=w.Layout(width="230px")))
     arm = self.bind("arm", w.Dropdown(options=list(self.encoders), value=self.arm, description="encoder", layout=w.Layout(width="200px")))
     strip = self.bind("strip", w.Checkbox(self.strip, description=f"in {self.patients} patients", indent=False, layout=w.Layout(width="130px")))
     # A tenth of a cell: the centres of cells are whole steps, or the front end would round them away.
@@ -329,7 +342,7 @@ def _controls(self) -> list:
     def click(i):
         with self.together():
             self.point = ((i % columns + .5)/columns, (i//columns + .5)/self.grid[0])
-            if clicks.value: self.pins[name.value.strip() or f"point {len(self.pins) + 1}"] = (self.a, self.point)
+            if clicks.value: self.pins[name.value.strip() or _free(self.pins)] = (self.a, self.point)
     return [[a, b, arm, strip], self._sliders, [name, pin, unpin, clicks], [path, save], [self.pad(click).widget, self.pad().widget], [self.pad().widget]]
 
-for _name, _function in dict(follow=_follow, pictures=_pictures, arrange=_arrange, controls=_controls).items(): setattr(CorrespondenceExplorer, _name, _function)
+for _name, _function in dict(_offer_b=_offer_b, follow=_follow, pictures=_pictures, arrange=_arrange, controls=_controls).items(): setattr(CorrespondenceExplorer, _name, _function)

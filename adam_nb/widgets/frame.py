@@ -59,7 +59,7 @@ class _Setting:
         if explorer.broken: raise AdamError(explorer.problem)
         try: value = self.check(explorer, value)
         except AdamError: raise             # says all that is to be said
-        except (OverflowError, TypeError, ValueError) as e: raise AdamError(f"{self.name} cannot be {value!r} ({e}).") from None
+        except (OverflowError, TypeError, ValueError) as e: raise AdamError(f"{self.name} cannot be {value!r} ({e}).") from e
         if self.name in explorer._values and _same(explorer._values[self.name], value): return
         before = dict(explorer._values)
         try:
@@ -67,10 +67,7 @@ class _Setting:
                 explorer._values[self.name] = value
                 explorer.follow(self.name)
                 explorer._show_value(self.name)
-        except AdamError:                   # a film that cannot be read, say: the state stays as it was
-            explorer._values = before
-            for name in explorer._bound: explorer._show_value(name)
-            raise
+        except AdamError: explorer._restore(before); raise                # a film that cannot be read, say
 
 def _same(a, b) -> bool:
     "Whether a setting has not changed; arrays and data sets are compared as objects."
@@ -149,12 +146,21 @@ class Explorer:
 
     @contextmanager
     def together(self):
-        "Changes that are drawn once, at the end."
+        "Changes that are drawn once, at the end; when one of them is refused, or what they make cannot be drawn, none is left."
+        before, outer = dict(self._values), not self._depth
         self._depth += 1
-        try: yield
-        finally: self._depth -= 1
-        self._dirty = True
-        if not self._depth: self.redraw()
+        try:
+            try: yield
+            finally: self._depth -= 1
+            self._dirty = True
+            if outer: self.redraw()
+        except AdamError:
+            if outer: self._restore(before)
+            raise
+    def _restore(self, values: dict):
+        "Put the state back to what it was."
+        self._values = values
+        for name in self._bound: self._show_value(name)
 
     def redraw(self):
         "Draw the state into the front, if there is one. `AdamError` for pictures that cannot be made."

@@ -108,16 +108,15 @@ def progress(
     out = {"stage": start.get("stage"), "levels": start.get("levels"), "steps": start.get("steps"), "n_images": start.get("n_images"), "step": mine[-1].get("step", 0) if mine else 0,
            "global_step": steps[-1]["global_step"] if steps else 0, "images_per_s": None, "seconds_left": None, "warnings": [str(e.get("message") or "") for e in events if e["event"] == "warning"]}
     recent = [e for e in mine[-6:] if _number(e.get("seconds")) and e["seconds"] > 0 and _number(e.get("step"))]
-    usual = None
+    usual = max((e["seconds"] for e in steps[-6:] if _number(e.get("seconds"))), default=0)          # also of the stage before, when this one has just begun
     if recent:
         speeds = [e["images_per_s"] for e in recent if _number(e.get("images_per_s"))]
         out["images_per_s"] = float(np.mean(speeds)) if speeds else None
         first = mine[-len(recent) - 1]["step"] if len(mine) > len(recent) and _number(mine[-len(recent) - 1].get("step")) else 0
         done = recent[-1]["step"] - first
-        usual = sum(e["seconds"] for e in recent)/len(recent)
         if done > 0 and _number(out["steps"]): out["seconds_left"] = max(out["steps"] - out["step"], 0)*sum(e["seconds"] for e in recent)/done
-    last = events[-1]["event"] if events else None
-    out["state"] = "finished" if last == "finished" or any(e["event"] == "finished" for e in events[-2:]) else "waiting" if not steps else "silent" if age > max(60, 10*(usual or 0)) else "running"
+    last = lambda kind: max((i for i, e in enumerate(events) if e["event"] == kind), default=-1)
+    out["state"] = "finished" if last("finished") > last("stage_start") else "waiting" if not steps else "silent" if age > max(60, 10*usual) else "running" if mine else "waiting"
     return out
 
 def duration(seconds: float) -> str:

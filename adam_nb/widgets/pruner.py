@@ -46,7 +46,7 @@ class PrunerExplorer(Explorer):
         structure=None,            # (N,) what each part really shows, see `structures`; None: not known
         panel: int = 400,          # longest side of the film on the screen, pixels
     ):
-        self.temperature, self.thumbnails, self.panel_size, self._found, self._small = temperature, show, panel, {}, {}
+        self.temperature, self.thumbnails, self.panel_size, self._found, self._small, self._ids = temperature, show, panel, {}, {}, (None, None)
         super().__init__(parts=parts, films=films, structure=structure, anchor=anchor, threshold=threshold)
 
     def open(self, parts, films, structure, anchor, threshold):
@@ -56,10 +56,7 @@ class PrunerExplorer(Explorer):
         self.films = None if films is None else Films(films)
         self.structure = None if structure is None else np.asarray(structure)
         self.bank = list(self.banks)[-1]
-        if self.structure is not None and len(self.structure) != len(self.parts): raise AdamError(f"The structures of {len(self.structure)} parts were given, but the bank has {len(self.parts)}; give one for each part.")
         self.truth = "place" if structure is None else "structure"
-        if self.films is not None:
-            if len(self.films) <= int(self._numbers[0].max()): raise AdamError(f"The bank has parts of film {int(self._numbers[0].max())}, but {len(self.films)} films were given; give the films that were cut, in their order.")
         self.threshold, self.anchor = threshold, anchor
         if self.films is not None: self.films.image(self.film)         # one that cannot be read is told before anything is drawn
 
@@ -70,9 +67,19 @@ class PrunerExplorer(Explorer):
         parts = self.banks[name]
         if callable(parts): parts = self.banks[name] = parts()
         if not isinstance(parts, Parts): raise AdamError(f"The bank '{name}' is a {type(parts).__name__}; give Parts, as `cut_parts` makes them.")
-        self.parts = parts
-        self._numbers = [v.numpy() for v in unpack_id(parts.ids)]
+        if self.structure is not None and len(self.structure) != len(parts): raise AdamError(f"The structures of {len(self.structure)} parts were given, but the bank has {len(parts)}; give one for each part.")
+        last = int(unpack_id(parts.ids)[0].max())
+        if self.films is not None and len(self.films) <= last: raise AdamError(f"The bank has parts of film {last}, but {len(self.films)} films were given; give the films that were cut, in their order.")
         return name
+    @property
+    def parts(self) -> Parts:
+        "Those of the present bank."
+        return self.banks[self.bank]
+    @property
+    def _numbers(self) -> list[np.ndarray]:
+        "(image, level, cell) of each part of the present bank."
+        if self._ids[0] != self.bank: self._ids = self.bank, [v.numpy() for v in unpack_id(self.parts.ids)]
+        return self._ids[1]
     @setting(0)
     def anchor(self, index):
         "Index of a part."
@@ -99,6 +106,7 @@ class PrunerExplorer(Explorer):
         if name == "bank":
             self._found.clear(); self._small.clear()
             if self.anchor >= len(self.parts): self.anchor = 0
+            self.film = int(self._numbers[0][self.anchor])
         if name == "anchor": self.film = int(self._numbers[0][self.anchor])
         if name == "film" and self._numbers[0][self.anchor] != self.film: self.anchor = self._index(self.film, self._numbers[2][self.anchor])
     def _index(self, film: int, cell: int) -> int:
