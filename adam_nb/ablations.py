@@ -55,7 +55,7 @@ def headline_points(run: Run):
     results, rows = [r for r in run.results if r["kind"] != "pretrain"], []
     for part, metric, label, unit, factor, better in headlines(collect(results)) if results else ():
         task = part.task.iloc[0]
-        theirs = lambda arm: ablated(task, metric.split("/")[0], arm) if part.kind.iloc[0] == "segment" and part.shot.isna().all() and _is_headline(task, metric) else None
+        theirs = lambda arm: ablated(task, metric.split("/")[0], arm) if part.kind.iloc[0] == "segment" and "@" not in metric and part.shot.isna().all() and _is_headline(task, metric) else None
         for (arm, seed), one in part.groupby(["arm", "pretrain_seed"], dropna=False, sort=False):
             rows.append({"label": label, "unit": unit, "better": better, "arm": arm, "seed": -1 if pd.isna(seed) else int(seed), "value": factor * one.value.mean(), "task": task, "path": one.path.iloc[0], "published": theirs(arm)})
     return pd.DataFrame(rows, columns=["label", "unit", "better", "arm", "seed", "value", "task", "path", "published"])

@@ -141,10 +141,10 @@ def pruning_curves(run, used) -> Figure:
 _PUBLISHED_STYLE = {"moco_v2": (BLUE, "s"), "DenseCL": (GREY, "^"), "DiRA": (GREY, "v"), "adam": (VERMILION, "D")}
 
 def few_shot_points(run: Run, metric: str = "dice_image") -> list[dict]:
-    "Every fine-tuned segmentation as arm, seed, task, channel, shots, draw, value (0–1), n (test films), path, data; sorted by task, channel and shots."
+    "Every segmentation that was fine-tuned on so many films, or on all (not on a share), as arm, seed, task, channel, shots, draw, value (0–1), n (test films), path, data; sorted by task, channel and shots."
     rows = [{"arm": r["arm"], "seed": r["seeds"].get("pretrain_seed") or 0, "task": r.get("task") or r["config"].get("task", "?"), "channel": channel, "shots": one["shots"],
              "draw": one["draw_seed"], "value": scores[metric], "n": one["n"].get("test_images"), "path": r["_path"], "data": r["data"].get("name", "")}
-            for r in run.results if r["kind"] == "segment" for one in r.get("runs") or [] for channel, scores in one["metrics"].items() if scores.get(metric) is not None]
+            for r in run.results if r["kind"] == "segment" for one in r.get("runs") or [] if one.get("fraction") is None for channel, scores in one["metrics"].items() if scores.get(metric) is not None]
     return sorted(rows, key=lambda p: (p["task"], p["channel"], math.inf if p["shots"] == "all" else p["shots"]))
 
 # %% ../nbs/24_figures.ipynb #dbfb3ab2

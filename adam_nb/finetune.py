@@ -63,10 +63,10 @@ def to_square(
         x = F.interpolate(x[None], (size, size), mode="nearest")[0] if resize == "nearest" else F.interpolate(x[None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
     return x.clamp(0, 1)
 
-def _shrink(masks: np.ndarray, size: int) -> torch.Tensor:
-    "Masks (K, H, W) at `size`, by the pixel at the centre of the new one; a side of 1 stays."
+def _shrink(masks: np.ndarray, size: int, resize: str = "area") -> torch.Tensor:
+    "Masks (K, H, W) at `size`, by the pixel at the centre of the new one, or for \"nearest\" by the very pixel that films then take, or mask and film would be half a pixel apart; a side of 1 stays."
     m = torch.from_numpy(np.ascontiguousarray(masks))
-    return m if m.shape[-2:] == (1, 1) else F.interpolate(m[None].to(torch.uint8), (size, size), mode="nearest-exact")[0].bool()
+    return m if m.shape[-2:] == (1, 1) else F.interpolate(m[None].to(torch.uint8), (size, size), mode="nearest" if resize == "nearest" else "nearest-exact")[0].bool()
 
 def _one(record, task, size, extras, label_names, channels, resize):
     image = (to_square(record.image(), size, resize) * 255).round().to(torch.uint8)
@@ -74,7 +74,7 @@ def _one(record, task, size, extras, label_names, channels, resize):
     if image.shape[0] != channels: image = image.expand(channels, -1, -1)
     if task.kind == "classify": return image, torch.from_numpy(target_labels(task, record, label_names)), None
     masks, valid = targets_of(task, record, extras)
-    return image, _shrink(masks, size), None if valid is None else _shrink(valid, size)
+    return image, _shrink(masks, size, resize), None if valid is None else _shrink(valid, size, resize)
 
 # %% ../nbs/16a_finetune.ipynb #5e1b3613
 def _decode(records, one, folder: Path | None, title: str, progress: bool) -> list:
@@ -126,7 +126,7 @@ def load_arrays(
     if task.kind == "classify":
         for n in sum(map(list, task.sources(label_names=label_names).values()), []):
             if n not in label_names: raise AdamError(f"Task {task.name} needs the label '{n}', which {records.name} does not have.{nearest(n, label_names)}")
-    key = digest({"records": records.fingerprint(), "task": task.name, "sources": task.sources(extras, label_names), "inverted": task.inverted, "absent": task.absent, "within": task.within, "size": size, "resize": resize, "grey": grey, "form": 2})
+    key = digest({"records": records.fingerprint(), "task": task.name, "sources": task.sources(extras, label_names), "inverted": task.inverted, "absent": task.absent, "within": task.within, "size": size, "resize": resize, "grey": grey, "form": 3})
     folder = Path(cache)/f"arrays_{task.name}_{size}_{key}" if cache else None
     if not (folder and folder.is_dir()):
         channels = 1 if grey else max(r.channels for r in records)

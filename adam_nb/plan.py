@@ -236,6 +236,7 @@ def plan(
             if weights and not (project_root()/weights).is_file():
                 if seed == preset.pretrain_seeds[0]: remarks.append(f"Arm {arm} is left out: there is no weight file {project_root()/weights}.")
                 continue
+            if weights and seed != preset.pretrain_seeds[0]: continue          # one file is one encoder: repeated for each seed it would look like several that agree
             recipe = _recipe(name, arm, values["pretrain"], {k: v for k, v in recipe.items() if k not in _NO_RECIPE}, seed, images)
             ready, encoder, last = [prepared], weights, None
             if labels:

@@ -27,7 +27,7 @@ def _scores(kind: str, task: str, one: dict) -> tuple[dict, object, str]:
     if kind == "classify":
         if one.get("method") != "finetune": return {}, "all", _UNITS[metric]
         values, labelled = {"": next(iter(one["metrics"].values())).get(metric)}, "all" if one["fraction"] == 1 else f"{100*one['fraction']:g} % of the labels"
-    else: values, labelled = {c: m.get(metric) for c, m in one["metrics"].items() if isinstance(m, dict)}, one["shots"]
+    else: values, labelled = {c.partition("@")[0]: m.get(metric) for c, m in one["metrics"].items() if isinstance(m, dict)}, one["shots"] if one.get("fraction") is None else f"{100*one['fraction']:g} % of the labels"
     values = {c: 100*v for c, v in values.items() if v is not None}
     return {f"mean of {len(values)}": float(np.mean(list(values.values())))} if len(values) > _MANY else values, labelled, _UNITS[metric]
 
