@@ -162,7 +162,7 @@ def start_encoder(
     encoder=None,                    # Encoder, Eve, path of a checkpoint, or None
     backbone: str = "resnet18", in_channels: int = 1, seed: int = 0,    # of a random one
 ) -> tuple[nn.Module, dict]:
-    "(a copy of the encoder on the CPU, what a result says of it: arm, path, backbone, in_channels, hash)."
+    "(a copy of the encoder on the CPU, what a result says of it: arm, path, backbone, in_channels, hash, and of a file how many of its tensors fitted and which were missing)."
     path, card = None, {"untrained": True} if encoder is None else {}
     if encoder is None: encoder = create_encoder(backbone, in_channels, seed)
     elif isinstance(encoder, Eve): encoder, card = encoder.encoder, encoder.card
@@ -172,6 +172,7 @@ def start_encoder(
     for p in copy.parameters(): p.requires_grad_(True)
     about = {"arm": card.get("arm") or ("random" if card.get("untrained") else "unnamed"), "path": path, "backbone": copy.backbone,
              "in_channels": copy.in_channels, "hash": weights_hash(copy)}
+    if path and (r := card.get("report")): about["loaded"] = {k: r[k] for k in ("matched", "missing", "missing_names") if k in r}
     return copy.train(), about
 
 # %% ../nbs/16a_finetune.ipynb #89171a87

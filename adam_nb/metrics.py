@@ -99,15 +99,15 @@ def overlap_scores(
     groups=None,       # (N,) patients
     seed: int = 0,
 ) -> dict[str, float]:
-    "All overlap measures of one channel: Dice and IoU, pooled and as a mean over images, the two Dices with 95 % intervals over patients."
+    "All overlap measures of one channel: Dice and IoU, pooled over pixels and as a mean over images, each with its 95 % interval over patients."
     table = np.asarray(table).reshape(-1, 3)
     if not len(table): raise AdamError("There is no image to score; the test part is empty.")
-    images = dice_of(table)
-    low, high = bootstrap_ci(images, groups, seed)
-    pooled_low, pooled_high = bootstrap_ci(table, groups, seed, of_sums=dice_of)
-    return {"dice_image": float(images.mean()), "dice_image_low": low, "dice_image_high": high,
-            "dice_pooled": float(dice_of(table.sum(0))), "dice_pooled_low": pooled_low, "dice_pooled_high": pooled_high,
-            "iou_image": float(iou_of(table).mean()), "iou_pooled": float(iou_of(table.sum(0)))}
+    out = {}
+    for name, of in (("dice", dice_of), ("iou", iou_of)):
+        images = of(table)
+        for kind, value, ends in (("image", images.mean(), bootstrap_ci(images, groups, seed)), ("pooled", of(table.sum(0)), bootstrap_ci(table, groups, seed, of_sums=of))):
+            out |= {f"{name}_{kind}": float(value), f"{name}_{kind}_low": ends[0], f"{name}_{kind}_high": ends[1]}
+    return out
 
 # %% ../nbs/15_metrics.ipynb #61e2521c
 def _per_class(score, labels, scores, names, min_count):

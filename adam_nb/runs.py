@@ -57,16 +57,15 @@ def read_run(
             lacks = [k for k in ("arm", "seeds", "config", "data", "metrics", "n") if not isinstance(obj.get(k), str if k == "arm" else dict)]
             if lacks: run.problems[str(name)] = f"{path.name} lacks {', '.join(lacks)}; delete it and run its node again."
             else: run.results.append({**obj, "_path": str(name), "series": obj.get("series") or {}, "pictures": obj.get("pictures") or {}})
-    if run.nodes: run.results = [r for r in run.results if _planned(run.nodes, r["_path"])]
+    if run.nodes:
+        outputs, prefixes = _planned(run.nodes)
+        run.results = [r for r in run.results if r["_path"] in outputs or r["_path"].startswith(prefixes)]
     return run
 
-def _planned(nodes: list[dict], path: str) -> bool:
-    "Whether the plan makes this result: arms, tasks and seeds that were taken out of it leave their files behind."
-    for node in nodes:
-        within = lambda p: os.path.relpath(p, node["folder"])
-        if within(node["output"]) == path: return True
-        if "prefix" in node["wiring"] and path.startswith(within(f"{node['wiring']['folder']}/{node['wiring']['prefix']}_")): return True
-    return False
+def _planned(nodes: list[dict]) -> tuple[set[str], tuple[str, ...]]:
+    "The results that a plan makes, by path and (of probes) by the beginning of the path: arms, tasks and seeds that were taken out of it leave their files behind."
+    within = lambda node, p: os.path.relpath(p, node["folder"])
+    return {within(n, n["output"]) for n in nodes}, tuple(within(n, f"{n['wiring']['folder']}/{n['wiring']['prefix']}_") for n in nodes if "prefix" in n["wiring"])
 
 # %% ../nbs/23a_runs.ipynb #2d931884
 def inside(run: Run, path: str) -> str:
