@@ -8,7 +8,7 @@ __all__ = ['save_state', 'load_state', 'checkpoint_path', 'checkpoints', 'traini
 
 # %% ../nbs/13a_checkpoint.ipynb #bb14c16a
 import json, math, os, re, warnings, zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -38,9 +38,12 @@ def save_state(
         os.replace(tmp, path)
         _to_disk(path.parent)
     except (OSError, RuntimeError) as e:        # torch's writer turns a full disk into a RuntimeError
-        if tmp.exists(): tmp.unlink()
-        if "DataLoader worker" in str(e): raise        # PyTorch tells of a dead worker wherever the program is: no fault of the disk
+        first = e
+        while first.__context__ is not None: first = first.__context__      # the writer covers it with an error of its own, about its position
+        if "DataLoader worker" in str(first): raise first from None         # PyTorch tells of a dead worker wherever the program is: no fault of the disk
         raise AdamError(f"The checkpoint {path} could not be written ({' '.join(str(e).split())}); free some space or check the rights, then run the same command again.") from None
+    finally:
+        with suppress(OSError): tmp.unlink()        # gone where all went well; what stood in the way has been said above
     return path
 
 # %% ../nbs/13a_checkpoint.ipynb #fa1d3f52

@@ -26,35 +26,41 @@ def keep_mask(
 class _PrunedRows(torch.autograd.Function):
     "Loss of each anchor and its statistics; the gradient to q is computed along with the loss."
     @staticmethod
-    def forward(ctx, q, k, bank, temperature, threshold, exclude, rows):
-        positive, grad = (q*k).sum(1), torch.empty_like(q)
-        loss, mean, top = (torch.empty_like(positive) for _ in range(3))
-        kept = torch.empty(len(q), dtype=torch.int64, device=q.device)
-        for start in range(0, len(q), rows):
-            r = slice(start, start + rows)
-            similarity = q[r] @ bank.T
-            removed = torch.zeros_like(similarity, dtype=torch.bool) if threshold is None else ~keep_mask(similarity, threshold)
-            if exclude is not None: removed |= exclude[r]
-            n = len(bank) - removed.sum(1)
-            some = n > 0
-            mean[r] = similarity.masked_fill_(removed, 0).sum(1)/n.clamp(min=1)
-            highest = similarity.masked_fill_(removed, -torch.inf).amax(1)
-            # The highest kept similarity is subtracted before exp, so that no temperature overflows; 0 stands in for a row without any.
-            shift = torch.where(some, highest, 0)
+    def forward(ctx, q, k, bank, temperature, threshold, exclude, block):
+        positive = (q*k).sum(1)
+        highest, total, summed = torch.full_like(positive, -torch.inf), torch.zeros_like(positive), torch.zeros_like(positive)
+        pulled, kept = torch.zeros_like(q), torch.full_like(positive, len(bank), dtype=torch.int64)
+        for start in range(0, len(bank), block):
+            keys = bank[start:start + block]
+            similarity = q @ keys.T
+            if threshold is not None or exclude is not None:
+                removed = ~keep_mask(similarity, threshold)
+                if exclude is not None: removed |= exclude[:, start:start + block]
+                kept -= removed.view(torch.int8).sum(1, dtype=torch.int32)       # the type that a processor counts fastest
+                summed += similarity.masked_fill_(removed, 0).sum(1)
+                similarity.masked_fill_(removed, -torch.inf)
+            else: summed += similarity.sum(1)
+            # The highest kept similarity so far is subtracted before exp, so that no temperature overflows; 0 stands in while there is none.
+            before, highest = highest, torch.maximum(highest, similarity.amax(1))
+            shift = torch.where(highest > -torch.inf, highest, 0)
+            fade = ((before - shift)/temperature).exp_()
             weights = similarity.sub_(shift[:, None]).div_(temperature).exp_()
-            total = weights.sum(1)                          # >= 1, or 0 without negatives
-            gap = total.log() + (shift - positive[r])/temperature
-            pull = gap.sigmoid()/temperature                # 0 without negatives: sigmoid(-inf)
-            loss[r], kept[r], top[r] = F.softplus(gap), n, torch.where(some, highest, -1)
-            grad[r] = (weights @ bank)*(pull/torch.where(some, total, 1))[:, None] - k[r]*pull[:, None]
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(kept, positive, mean, top)
-        return loss, kept, positive, mean, top
+            total = total*fade + weights.sum(1)
+            pulled = torch.addmm(pulled*fade[:, None], weights, keys)
+        some = kept > 0
+        gap = total.log() + (torch.where(some, highest, 0) - positive)/temperature
+        pull = gap.sigmoid()/temperature                        # 0 without negatives: sigmoid(-inf)
+        total = torch.where(some, total, 1)                     # >= 1 where there are negatives
+        ctx.save_for_backward(pulled*(pull/total)[:, None] - k*pull[:, None])
+        statistics = kept, positive, summed/kept.clamp(min=1), torch.where(some, highest, -1)
+        ctx.mark_non_differentiable(*statistics)
+        return F.softplus(gap), *statistics
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, *_):
         return ctx.saved_tensors[0]*grad_loss[:, None], None, None, None, None, None, None
+
 
 # %% ../nbs/10_pruner.ipynb #ec0526ce
 class PrunedLoss(NamedTuple):
@@ -104,9 +110,9 @@ def pruned_info_nce(
         dtype = torch.promote_types(q.dtype, torch.float32)
         q, k, bank = q.to(dtype), k.detach().to(dtype), bank.detach().to(dtype)
         _check(q.detach(), k, bank, temperature, exclude)
-        # 2 M similarities (8 MB) stay in a processor's cache; a GPU wants large products and has the memory.
-        rows = max(1, 2**(21 if q.device.type == "cpu" else 27)//len(bank))
-        loss, *statistics = _PrunedRows.apply(q, k, bank, temperature, threshold, exclude, rows)
+        # 1 M similarities (4 MB) stay in a processor's cache; a GPU wants large products and has the memory.
+        block = max(256, 2**(20 if q.device.type == "cpu" else 27)//len(q))
+        loss, *statistics = _PrunedRows.apply(q, k, bank, temperature, threshold, exclude, block)
         loss = loss.mean()
         if q.device.type != "cpu": loss = _marked(loss, q.detach(), k, bank)
         return PrunedLoss(loss, *statistics)

@@ -107,7 +107,7 @@ def same(values: dict, remedy: str) -> None:
 # %% ../nbs/10a_ranks.ipynb #7736e22b
 @contextmanager
 def group():
-    "Within it the processes that a launcher has started are ranks of one run; a single process is left as it is. After an error the group stays, for the process is about to end."
+    "Within it the processes that a launcher has started are ranks of one run; a single process is left as it is. An `AdamError` leaves it with the attribute `rank`."
     if _together() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -116,7 +116,12 @@ def group():
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try: dist.init_process_group(backend, timeout=timedelta(minutes=30))
     except (RuntimeError, ValueError) as e: raise AdamError(f"The {os.environ['WORLD_SIZE']} processes could not be joined at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({str(e).strip().splitlines()[0]}); check that all were started and reach each other.") from e
-    yield
+    try: yield
+    except AdamError as e:
+        e.rank = rank()
+        # gloo's threads have to end before the interpreter, which aborts them; NCCL would wait for a rank that does not know of the error
+        if backend == "gloo" or not isinstance(e, Alone) and e.__cause__ is None: dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 # %% ../nbs/10a_ranks.ipynb #683fc576

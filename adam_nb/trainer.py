@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
             done = pretrain(config, a.out, a.only, a.init, progress=not a.quiet, arm=a.arm, accept_changes=a.accept_changes)
             if ranks.rank() == 0 and not a.quiet and (config.nproc == 1 or ranks.launched()): print(f"{done.encoder}: loss {done.summary['loss']:.3f} at chance {done.summary['chance']:.3f}, {done.summary['accuracy']:.0%} of positives found")
     except AdamError as e:
-        if ranks.rank() == 0 or isinstance(e, ranks.Alone): print(f"adam_nb.trainer: {e}", file=sys.stderr)
+        if getattr(e, "rank", 0) == 0 or isinstance(e, ranks.Alone): print(f"adam_nb.trainer: {e}", file=sys.stderr)
         return 75 if isinstance(e, Stopped) else 2
     except KeyboardInterrupt:
         if ranks.rank() == 0: print("adam_nb.trainer: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
