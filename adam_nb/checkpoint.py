@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['save_state', 'load_state', 'checkpoint_path', 'checkpoints', 'training_state', 'newest_state', 'keep_newest',
-           'locked', 'Log', 'read_log']
+           'second_name', 'locked', 'Log', 'read_log']
 
 # %% ../nbs/13a_checkpoint.ipynb #bb14c16a
-import json, math, os, re, warnings, zipfile
+import json, math, os, re, shutil, warnings, zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -107,6 +107,24 @@ def keep_newest(
     files = checkpoints(folder)
     good = [p for p in files if int(p.stem[5:]) <= step][-keep:]
     for path in (*(p for p in files if p not in good), *Path(folder).glob(".step_*.tmp")): path.unlink(missing_ok=True)
+
+# %% ../nbs/13a_checkpoint.ipynb #c2f0a9d3
+def second_name(
+    path: str | os.PathLike,      # of a state
+    other: str | os.PathLike,
+) -> Path:
+    "Let a state be found at `other` too: a hard link, or a copy where the file system knows none. `AdamError` when the disk refuses."
+    other = Path(other)
+    tmp = other.with_name(f".{other.name}.{os.getpid()}.tmp")
+    try:
+        other.parent.mkdir(parents=True, exist_ok=True)
+        try: os.link(path, tmp)
+        except OSError: shutil.copyfile(path, tmp)
+        os.replace(tmp, other)
+    except OSError as e: raise AdamError(f"The state {other} could not be written ({e.strerror}); free some space or check the rights, then run the same command again.") from None
+    finally:
+        with suppress(OSError): tmp.unlink()        # also where both names were one file already
+    return other
 
 # %% ../nbs/13a_checkpoint.ipynb #dcd192c8
 @contextmanager

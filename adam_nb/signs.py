@@ -103,7 +103,7 @@ def overview(
 ) -> str:
     "What a run is about to do and what it takes, in a few lines. `AdamError` when the disk has no room for its checkpoints."
     memory, checkpoint = state_bytes(config, model)
-    disk = (config.keep + 1) * checkpoint                       # one is written before the oldest goes
+    disk = (config.keep + len(stages)) * checkpoint             # one is written before the oldest goes; those at the borders of stages stay
     where = next(p for p in (Path(out).absolute(), *Path(out).absolute().parents) if p.exists())
     free = shutil.disk_usage(where).free
     if free < disk: raise AdamError(f"The run's checkpoints need {_size(disk)}, but the disk of {out} has {_size(free)} free; free some space, lower 'keep', or choose another folder.")

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from . import ranks
-from .checkpoint import Log, checkpoint_path, keep_newest, load_state, locked, newest_state, read_log, save_state
+from .checkpoint import Log, checkpoint_path, keep_newest, load_state, locked, newest_state, read_log, save_state, second_name
 from .config import AdamError, build, override, read_yaml, to_dict, tqdm
 from .curves import Board, LiveCurves, in_notebook, plot_log
 from .device import thread_count
@@ -40,7 +40,8 @@ def save(run: Run):
     if not torch.stack(norms).isfinite().all(): raise diverged(run)
     folder = run.out/"checkpoints"
     def write():
-        save_state(checkpoint_path(folder, run.at.global_step), snapshot(run))
+        path = save_state(checkpoint_path(folder, run.at.global_step), snapshot(run))
+        if run.only is None and run.at.step == 0 and 0 < run.at.stage < run.end: second_name(path, run.out/"stages"/f"stage{run.at.stage - 1}"/"checkpoints"/path.name)
         keep_newest(folder, 1 if run.at.stage >= run.end else run.config.keep, run.at.global_step)      # a finished run needs its last state alone
     ranks.first(write)
 
@@ -191,7 +192,7 @@ def pretrain(
     """Pretrain in stages (paper, section 2) from a config alone; the same call again resumes, or says that the run is finished.
 
     With `config.nproc` above 1 it is done by so many processes, which are started here unless torchrun has started them.
-    `out` ends with checkpoints/, log.jsonl, encoder.safetensors, encoder_last.safetensors and pretrain.json (a result of kind
+    `out` ends with checkpoints/, stages/stage<k>/checkpoints/ (the states at the borders of stages), log.jsonl, encoder.safetensors, encoder_last.safetensors and pretrain.json (a result of kind
     "pretrain"). On a CPU a resumed run, and a stage list that is run one by one, end with the same bits as a run in one go
     (same number of threads). `AdamError` for all that the user can mend.
     """

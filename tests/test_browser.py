@@ -41,6 +41,11 @@ from adam_nb.data import dataset
 from adam_nb.widgets import EmbeddingExplorer, landmark_points
 points = landmark_points(dataset("phantom_chest", n=12, size=128), size=32)
 blocks = lambda x: torch.nn.functional.avg_pool2d(x, 8).flatten(1)""", "explorer = EmbeddingExplorer(points, {'pixels': None, 'blocks': blocks})"),
+    "parts": ("""import torch
+from adam_nb.data import dataset
+from adam_nb.widgets import EmbeddingExplorer, part_points
+points = part_points([r.image() for r in dataset("phantom_chest", n=20, size=128)], level=3, size=32)
+blocks = lambda x: torch.nn.functional.avg_pool2d(x, 8).flatten(1)""", "explorer = EmbeddingExplorer(points, {'pixels': None, 'blocks': blocks}, projection='tsne')"),
     "monitor": ("from adam_nb.widgets import TrainingMonitor", "explorer = TrainingMonitor(FOLDER + '/run', every=0.5)"),
     "broken": ("""from pathlib import Path
 from adam_nb.widgets import DecomposerExplorer
@@ -281,9 +286,24 @@ def test_embedding(lab):
     e.changes(e.choose("right", "pixels"), 1, 2)
     e.changes(e.choose("right", "blocks"), 1, 2)
     e.changes(e.enter("point", "77"))
+    for method in ("tsne", "pca"):
+        e.changes(e.choose("map", method), 0, 1)                                # other places in both maps
+        assert e.ask("explorer.projection") == method and e.ask("explorer.selected") == "77"
     e.enter("point", "999")()
     e.page.wait_for_selector(".adam-explorer [role=alert]")
     assert "no point 999" in e.message() and e.ask("explorer.selected") == "77"
+    e.finish()
+
+
+def test_embedding_of_parts(lab):
+    "All parts of a level, by t-SNE from the start."
+    e = Explorer(lab, "parts")
+    assert e.ask("len(explorer.points)") == "160" and e.ask("explorer.projection") == "tsne"
+    for cell in (0, 575, 300, *range(29, 560, 61)): e.changes(e.click(cell))
+    if e.ask("explorer.selected") != "21": e.changes(e.enter("point", "21"))
+    assert e.ask("explorer.points.label[21]") == "part 5"                       # of the third film: 8 parts each
+    e.changes(e.choose("map", "pca"), 0, 1)
+    e.changes(e.enter("point", "100"))
     e.finish()
 
 

@@ -69,20 +69,21 @@ def _before(stage: Path) -> Path | None:
     return next((c.parent for c in sorted(beside) if (found := newest_state(c)) and state_digest(found[1]) == wanted), None)
 
 def stages_of_run(
-    folder: str | os.PathLike | list,   # of an arm and seed (with the folders of its stages in it; a first stage that it shares with another arm of the run is found there), of one stage, or a list of stages, first stage first
+    folder: str | os.PathLike | list,   # of an arm and seed (with the folders of its stages in it; a first stage that it shares with another arm of the run is found there), of a run that went through its stages in one go, of one stage, or a list of stages, first stage first
     images: list,                       # as for `cut_parts`
     level: int | None = None,           # None: the finest that the last stage was trained at
 ) -> dict[str, Callable[[], Parts]]:
     "'random' and the name of each stage -> a function that gives the parts as that checkpoint sees them, computed once. `AdamError` when no stage is there."
     if isinstance(folder, (list, tuple)): stages = [Path(f) for f in folder]
-    elif (Path(folder)/"checkpoints").is_dir(): stages = [Path(folder)]
+    elif (Path(folder)/"checkpoints").is_dir(): stages = [*sorted(p.parent for p in Path(folder).glob("stages/*/checkpoints")), Path(folder)]
     else:
         stages = sorted(p.parent for p in Path(folder).glob("*/checkpoints"))
         while stages and (before := _before(stages[0])): stages.insert(0, before)
     if not stages: raise AdamError(f"There is no stage with checkpoints in {folder}; name the folder of an arm, or run its first stage.")
     if level is None: level = _finest(load_adam(stages[-1])[1])
     once = lambda *a, **k: lru_cache(maxsize=1)(partial(parts_of_run, *a, **k))
-    return {"random": once(stages[0], images, level, untrained=True)} | {s.name: once(s, images, level) for s in stages}
+    name = lambda s: f"stage{len(stages) - 1}" if s != stages[0] and s == stages[0].parents[1] else s.name
+    return {"random": once(stages[0], images, level, untrained=True)} | {name(s): once(s, images, level) for s in stages}
 
 # %% ../../nbs/26d_widgets.banks.ipynb #a0160477
 ANATOMY = ("right_lung", "left_lung", "heart", "right_clavicle", "left_clavicle", "disc", "macula", "vessel")

@@ -65,7 +65,7 @@ def contact_sheet(
     tiles: list[Tile],
     columns: int,
     side: int = 96,          # longest side of a tile, pixels
-    size: int = 12,          # of the titles
+    size: int = 13,          # of the titles, pixels
     gap: int = 8,            # between tiles
 ) -> Image.Image:
     "Tiles on white, row by row."

@@ -291,7 +291,7 @@ def _pictures(self) -> list:
                 _mark(picture, f.centres[cell], ink, both, name, radius=4)
             _mark(picture, f.centres[best], colour(0), mutual, radius=7)
             tiles.append(Tile(picture, f"{self._title(i)}  {found.max():.2f}"))
-        if tiles: below = stack(below, contact_sheet(tiles, 5, 150, 12))
+        if tiles: below = stack(below, contact_sheet(tiles, 5, 150))
     return [left, right, below]
 
 def _arrange(self):

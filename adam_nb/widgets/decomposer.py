@@ -197,9 +197,9 @@ def _side_picture(self) -> Image.Image:
     for what, level, index in family(self.level, self.part):
         if height < grid_shape(level)[0] or width < grid_shape(level)[1]: continue
         box = part_box(height, width, level, index)
-        tiles.append(Tile(network_input(self.levels[0], box, size), f"{what}, level {level}\n{box[2] - box[0]} × {box[3] - box[1]} → {size} × {size}", colour(0) if what == "part" else None))
+        tiles.append(Tile(network_input(self.levels[0], box, size), f"{what}, level {level}\n{box[2] - box[0]} × {box[3] - box[1]}\n→ {size} × {size}", colour(0) if what == "part" else None))
     views = [Tile(as_tensor(render_view(self.levels, v, self.augment)), f"{'x_q' if i % 2 == 0 else 'x_k'} {v.angle:+.0f}°", colour(1 + i//2)) for i, v in enumerate(self.views)]
-    return stack(contact_sheet(tiles, 4, 124, 11), contact_sheet(views[::2] + views[1::2], 3, 124, 11))        # a pair is a column
+    return stack(contact_sheet(tiles, 4, 124), contact_sheet(views[::2] + views[1::2], 3, 124))        # a pair is a column
 
 def _pictures(self) -> list: return [_film_picture(self), _side_picture(self)]
 def _arrange(self): self._pads[0].lay_out(grid_shape(self.level), self.part)

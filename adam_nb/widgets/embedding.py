@@ -241,13 +241,13 @@ def _detail(self) -> Image.Image:
     sx, sy = film.width/width, film.height/height
     ImageDraw.Draw(film).rectangle((x0*sx, y0*sy, x1*sx, y1*sy), outline="#F0E442", width=3)
     picture = lambda k: p.patches[k].numpy()[0] if p.patches.shape[1] == 1 else p.patches[k].permute(1, 2, 0).numpy()
-    left = contact_sheet([Tile(film, f"{p.films.name(number)}"), Tile(to_panel(picture(i), 190), p.label[i].replace("_", " "))], 2, 190, 12)
+    left = contact_sheet([Tile(film, f"{p.films.name(number)}"), Tile(to_panel(picture(i), 190), p.label[i].replace("_", " "))], 2, 190)
     rows = []
     for arm in self.shown:
         z, near = self.features(arm), self.near(arm)
         right = sum(p.label[k] == p.label[i] for k in near)
         tiles = [Tile(picture(k), f"{z[k] @ z[i]:.2f} {'✓' if p.label[k] == p.label[i] else '×'}", PALETTE[2] if p.label[k] == p.label[i] else PALETTE[5]) for k in near]
-        rows += [caption(f"{arm}: {right} of the {len(near)} nearest patches of other films show the same", 500, 12), contact_sheet(tiles, self.neighbours, 64, 11)]
+        rows += [caption(f"{arm}: {right} of the {len(near)} nearest patches of other films show the same", 560), contact_sheet(tiles, self.neighbours, 72)]
     return stack(left, stack(*rows), across=True)
 
 def _pictures(self) -> list: return [*[_map_picture(self, a) for a in self.shown], stack(_legend(self), _detail(self))]
