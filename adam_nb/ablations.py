@@ -44,8 +44,9 @@ def headlines(frame):
 _METHODS = {"finetune": "fine-tuned", "linear": "linear probe", "knn": "nearest neighbours"}
 
 def question_name(question: str) -> str:
-    "The name of a classification's method and share of labels (`linear@0.1`) as a person writes it."
+    "The name of a classification's method and share of labels (`linear@0.1`) or labelled films (`linear@3films`) as a person writes it."
     method, _, share = question.partition("@")
+    if share.endswith("films"): return f"{_METHODS.get(method, method)}, {share.removesuffix('films')} films"
     return _METHODS.get(method, method) + (f", {100 * float(share):.0f} % of the labels" if share else "")
 
 def headline_points(run: Run):

@@ -31,7 +31,7 @@ from .predictions import code_of, finished_run, predictions_folder, run_key, sav
 from .protocols import Monitor, augmentation, check_input, filled, limited, no_data, parts_of, step_counts
 from .results import result
 from .task_configs import ClassifyConfig
-from .tasks import label_fraction, task
+from .tasks import few_shot, label_fraction, task
 
 _all_ = ["ClassifyConfig"]
 
@@ -40,8 +40,9 @@ def _check(config: ClassifyConfig):
     "The task and the config with the protocol's values, after a look at what the types cannot refuse."
     job = task(config.task)
     if job.kind != "classify": raise AdamError(f"Task {job.name} is no classification; use the segment notebook.")
-    for key in ("methods", "fractions", "draw_seeds"):
+    for key in ("methods", "draw_seeds"):
         if not getattr(config, key): raise AdamError(f"'{key}' needs at least one entry.")
+    if not (config.fractions or config.shots): raise AdamError("'fractions' or 'shots' needs at least one entry.")
     config = filled(config, job)
     if config.load_size is None: config = replace(config, load_size=config.size)
     if config.size < 32: raise AdamError(f"size is {config.size}, but must be at least 32.")
@@ -184,6 +185,11 @@ def mean_metrics(runs: list[dict]) -> dict[str, float]:
             for name, v in flat.items(): values.setdefault(f"{question}/{name}", []).append(number(v))
     return mean_and_std(values)
 
+def _drawn(patients, draw_seed: int, fraction: float | None, shot: int | None = None) -> tuple[np.ndarray, str, str]:
+    "(numbers of the drawn films, the draw in a file's name, what follows the method in a question's name)."
+    if shot is not None: return few_shot(patients, shot, draw_seed), f"shots{shot}", f"@{shot}films"
+    return label_fraction(patients, fraction, draw_seed), f"share{fraction:g}", "" if fraction == 1 else f"@{fraction:g}"
+
 _CODE = ("augment", "classify", "finetune", "metrics", "model", "predictions", "protocols", "tasks")
 
 class _Frozen:
@@ -214,7 +220,7 @@ def run_classify(
     out=None,                        # the result's path: scores and encoders go beside it, and finished runs are found there
     progress: bool = True,
 ) -> dict:
-    "All methods, fractions and draws for one encoder; a result (kind `classify`) with one entry in `runs` for each. It is not written. Without the data: see `if_missing`."
+    "All methods, fractions, shots and draws for one encoder; a result (kind `classify`) with one entry in `runs` for each. It is not written. Without the data: see `if_missing`."
     t0, (job, config) = time.perf_counter(), _check(config)
     if (noted := no_data(job, config, arm, pretrain_seed)) is not None: return noted
     with thread_count(config.threads):
@@ -225,20 +231,21 @@ def run_classify(
         train, test, val = load(pool), load(limited(held_out, config.test_limit)), None if held is None else load(held)
         folder = None if out is None else predictions_folder(out)
         if folder: save_truth(folder, test)
-        facts = {k: v for k, v in to_dict(config).items() if k not in ("data_root", "methods", "fractions", "draw_seeds", "threads", "device", "if_missing")} | {
+        facts = {k: v for k, v in to_dict(config).items() if k not in ("data_root", "methods", "fractions", "shots", "draw_seeds", "threads", "device", "if_missing")} | {
             "encoder": about["hash"], "test": held_out.fingerprint(), "val": held and held.fingerprint(), "code": code_of(*_CODE), "precision": pick_precision(config.precision, pick_device(config.device))}
         runs, frozen = [], _Frozen(start, config)
-        for fraction in config.fractions:
+        for given in [{"fraction": f} for f in config.fractions] + [{"fraction": None, "shot": k} for k in config.shots]:
             for s in config.draw_seeds:
-                index = label_fraction(train.patients, fraction, s)
+                index, name, of = _drawn(train.patients, s, **given)
                 for method in config.methods:
-                    label = f"{method}_share{fraction:g}_draw{s}"
+                    label = f"{method}_{name}_draw{s}"
                     key = run_key(**facts, method=method, draw_seed=s, films=pool[index].fingerprint())
                     entry = finished_run(folder, label, key) if folder else None
                     if entry and entry["model"] and not (Path(out).parent/entry["model"]).is_file(): entry = None
                     if entry is None:
                         entry, scores, model = _one_run(method, config, start, frozen, train, test, val, index, s, progress)
-                        entry |= {"method": method, "fraction": fraction, "draw_seed": s, "metrics": {method if fraction == 1 else f"{method}@{fraction:g}": entry["metrics"]}, "model": None}
+                        entry |= {"method": method, **given, "draw_seed": s, "metrics": {method + of: entry["metrics"]}, "model": None}
+                        if "shot" in given: entry["n"]["train_positives"] = dict(zip(train.names, (train.targets[index] == 1).sum(0).tolist()))
                         if folder:
                             if model is not None and config.keep_models:
                                 entry["model"] = f"{Path(out).stem}_{label}_encoder.safetensors"

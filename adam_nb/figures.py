@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'TABLES', 'decomposition', 'loss_curves', 'pruning_curves', 'few_shot_points', 'few_shot', 'auroc_points',
-           'auroc_classes', 'numbers', 'comparisons', 'arm_differences', 'Planned', 'figure_plan', 'make_tables',
-           'make_figures']
+           'auroc_classes', 'numbers', 'comparisons', 'arm_differences', 'differences_table', 'Planned', 'figure_plan',
+           'make_tables', 'make_figures']
 
 # %% ../nbs/24_figures.ipynb #97014188
 import functools, io, math
@@ -24,7 +24,8 @@ from .probe_figures import compositionality_densities, correspondence_errors, co
 from .published import FEW_SHOT, question
 from .results import write_json
 from .runs import Missing, Run, arm_name, arms_of, chain_folders, curve, probe_prefix, read_run, seeds_of, waiting
-from .transfer import few_shot_table, task_points, transfer_bars, with_caveats
+from .significance import holm
+from .transfer import few_shot_table, task_points, transfer_bars, transfer_table, with_caveats
 
 # %% ../nbs/24_figures.ipynb #24d0c002
 def _cuts(run: Run) -> dict[str, np.ndarray]:
@@ -185,10 +186,10 @@ def _shots(ax, points: list[dict], shots: list, dx: float, arm: str, colour: str
 
 # %% ../nbs/24_figures.ipynb #b34a6bd4
 def auroc_points(run: Run) -> list[dict]:
-    "Every classification as arm, seed, task, question, fraction, draw, n (test films), auroc {class: value or None}, mean, low, high, too_few, path."
+    "Every classification with all labels or a share of them as arm, seed, task, question, fraction, draw, n (test films), auroc {class: value or None}, mean, low, high, too_few, path."
     return [{"arm": r["arm"], "seed": r["seeds"].get("pretrain_seed") or 0, "task": r.get("task", "?"), "question": question, "fraction": one["fraction"], "draw": one["draw_seed"],
              "n": one["n"].get("test_images"), "auroc": m["auroc"], "too_few": m["too_few"], "path": r["_path"], **dict(zip(("mean", "low", "high"), number(m, "auroc_mean")))}
-            for r in run.results if r["kind"] == "classify" for one in r.get("runs") or [] for question, m in one["metrics"].items()]
+            for r in run.results if r["kind"] == "classify" for one in r.get("runs") or [] if one["fraction"] is not None for question, m in one["metrics"].items()]
 
 # %% ../nbs/24_figures.ipynb #0010ee60
 @from_run
@@ -278,6 +279,20 @@ def arm_differences(run, used, target: str | None = None) -> Figure:
     note(fig, f"{arm_name(every[0]['target'])} − the arm named; n = {'–'.join(map(str, n[::len(n) - 1] if len(n) > 1 else n))} pretraining seeds, 95 % intervals")
     return fig
 
+# %% ../nbs/24_figures.ipynb #d1ffe7a2
+def differences_table(run: Run, target: str | None = None):
+    """A DataFrame of `comparisons`, a row each: number, data, difference (the target's − the other's mean, in the number's unit), its 95 % interval, Hedges' g, p of the paired t-test,
+    the same by Holm over all rows, p of Welch's test, numbers of pretraining seeds and draws, runs that only one arm has. Without repetition no interval and no p. `Missing` without two arms."""
+    import pandas as pd
+    every = comparisons(run, target)
+    if not every: raise Missing(f"No two arms share a pretraining seed yet. {waiting(run, 'segment', 'classify', 'probes')}")
+    rows = [{"number": c["label"], "data": c["task"] or "", "difference of": f"{arm_name(c['target'])} − {arm_name(c['other'])}",
+             **{name: None if c[k] is None else c[k]*c["factor"] for name, k in (("mean", "mean"), ("low", "low"), ("high", "high"))},
+             "Hedges' g": c["g"], "p (paired t)": c["t_p"], "p (paired t, Holm)": None, "p (Welch)": c["welch_p"], "seeds": c["n_seeds"], "draws": c["n_draws"], "runs of one arm alone": c["left_out_a"] + c["left_out_b"]} for c in every]
+    for row, p in zip(rows, holm([np.nan if r["p (paired t)"] is None else r["p (paired t)"] for r in rows])): row["p (paired t, Holm)"] = None if np.isnan(p) else float(p)
+    table = pd.DataFrame(rows)
+    return table.astype(object).where(table.notna(), None)
+
 # %% ../nbs/24_figures.ipynb #ddf6b40f
 FIGURES = {  # name -> (title, function, kind of result that it is drawn from; "" = all). Probe figures are drawn once for each probed data set.
     "decomposition": ("What the Anatomy Decomposer cuts", decomposition, "pretrain"),
@@ -302,6 +317,8 @@ FIGURES = {  # name -> (title, function, kind of result that it is drawn from; "
 
 TABLES = {  # name -> (title, function, its sources)
     "few_shot": ("Few-shot segmentation, mean ± standard deviation (%) by labelled films", few_shot_table, lambda run: {p["path"] for p in task_points(run) if isinstance(p["shots"], int)}),
+    "transfer": ("Target tasks, mean ± standard deviation (%) with all labels, or the most that were given", transfer_table, lambda run: {p["path"] for p in task_points(run)}),
+    "differences": ("Paired differences between arms over the pretraining seeds that both have", differences_table, lambda run: {p for c in comparisons(run) for p in c["sources"]}),
 }
 
 @dataclass

@@ -54,6 +54,7 @@ class ClassifyConfig:
     protocol: Literal["fixed", "published"] = "fixed"  # fixed steps and last weights, or the group's: epochs, best by validation
     methods: list[Literal["finetune", "linear", "knn"]] = field(default_factory=lambda: ["finetune", "linear", "knn"])  # how the encoder is questioned
     fractions: list[float] = field(default_factory=lambda: [1.0])  # shares of the training patients whose labels are used
+    shots: list[int] = field(default_factory=list)  # numbers of labelled patients, a film each, instead of fractions or beside them
     draw_seeds: list[int] = field(default_factory=lambda: [0])  # a draw of patients each, the same for all arms
     size: int | None = None                     # side of the input in pixels: 128 (224)
     load_size: int | None = None                # side at which films are kept, from which crops of size are taken; null: size (256)
