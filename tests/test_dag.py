@@ -106,3 +106,26 @@ def test_a_failing_node_says_so_and_leaves_the_rest(first):
     assert done.returncode != 0 and "Traceback" not in said and "segment." in said, said[-3000:]
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert any("AdamError" in p.read_text() for p in (OUT/"notebooks").glob("segment.*.ipynb"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_all_nine_tasks():
+    "Every target task and probe of `phantom_all`, at its smallest, with an arm that is trained and one that is not: all in the tables, none of them empty."
+    name = f"all-test-{os.getpid()}"
+    images, others = "data_options={n: 40, size: 64, seed: 0}", "data_options={n: 60, size: 64, seed: 1}"
+    small = [f"prepare.{images}", "prepare.cache_size=64", f"pretrain.{images}", "pretrain.cache_size=64", "pretrain.stages=[0, 2]", "pretrain.steps=3", "pretrain.batch_size=16", "pretrain.bn_splits=2", "pretrain.bank_size=64",
+             "pretrain.view_size=32", "pretrain.warmup_steps=1", "pretrain.val_every=3", "pretrain.checkpoint_every=3", "pretrain.workers=0", f"segment.{others}", "segment.size=64", "segment.steps=2", f"classify.{others}", "classify.size=64", "classify.steps=2",
+             f"probes.{others}", "probes.n_images=8", "probes.n_correspondence=2", "probes.n_patches=30", "probes.grid=[4, 4]", "probes.perplexity=5", "pruning.data_options={n: 60, size: 64, seed: 1}", "pruning.n_images=8"]
+    try:
+        done = subprocess.run([sys.executable, "-m", "adam_nb.pipeline", "run", "phantom_all", f"name={name}", "arms={adam: {}, random: {untrained: true}}", *small], cwd=ROOT, capture_output=True, text=True, timeout=1500)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+        out = ROOT/"outputs"/name
+        table = (out/"figures"/"tables"/"transfer.md").read_text()
+        for task in ("chestxray14", "vindr_cxr", "shenzhen", "chestx_det", "chestx_det_13", "siim_acr", "vindr_ribcxr", "drive", "scr"):
+            for arm in ("adam", "random"):
+                found = [r for p in (out/arm/"seed0").rglob("*.json") if (r := json.loads(p.read_text())).get("task") == f"{task}_phantom"]
+                assert len(found) == 1 and found[0]["runs"] and found[0]["n"]["test_images"] >= 12, (task, arm)
+            assert f"{task}_phantom" in table, task
+        assert "no data" not in table
+    finally: shutil.rmtree(ROOT/"outputs"/name, ignore_errors=True)
