@@ -299,11 +299,13 @@ def test_embedding_of_parts(lab):
     "All parts of a level, by t-SNE from the start."
     e = Explorer(lab, "parts")
     assert e.ask("len(explorer.points)") == "160" and e.ask("explorer.projection") == "tsne"
-    for cell in (0, 575, 300, *range(29, 560, 61)): e.changes(e.click(cell))
-    if e.ask("explorer.selected") != "21": e.changes(e.enter("point", "21"))
-    assert e.ask("explorer.points.label[21]") == "part 5"                       # of the third film: 8 parts each
-    e.changes(e.choose("map", "pca"), 0, 1)
-    e.changes(e.enter("point", "100"))
+    for cell in (0, 575, 300, *range(29, 560, 61)):
+        e.changes(e.click(cell))
+        assert e.ask("explorer.selected == explorer.nearest_at('pixels', *((v + .5)/24*1.1 - .05 for v in (%d, %d)))" % (cell % 24, 23 - cell//24)) == "True", cell
+    for point in ("21", "100"):
+        if e.ask("explorer.selected") != point: e.changes(e.enter("point", point))
+        e.changes(e.choose("map", "pca" if point == "21" else "tsne"), 0, 1)
+        assert e.ask("explorer.selected") == point and e.ask(f"explorer.points.label[{point}]") == f"part {int(point) % 8}"       # 8 parts a film
     e.finish()
 
 

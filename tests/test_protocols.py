@@ -1,4 +1,4 @@
-"The published protocol (validation that stops, best weights) and bf16, for both kinds of tasks, and that a finished seed is not computed again."
+"The published protocol of segmentation (validation that stops, best weights), bf16 for both kinds of tasks, and that a finished seed is not computed again."
 import dataclasses
 import json
 
@@ -8,8 +8,7 @@ import torch
 
 from adam_nb import finetune, segment
 from adam_nb.classify import ClassifyConfig, run_classify
-from adam_nb.predictions import read_predictions
-from adam_nb.segment import SegmentConfig, run_segment
+from adam_nb.segment import SegmentConfig, load_segmenter, run_segment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"n": 40, "size": 64, "seed": 0}
@@ -26,7 +25,7 @@ def test_published_segmentation(tmp_path, monkeypatch):
             seen.append((step, stops, None if self.state is None else {k: v.clone() for k, v in self.state.items()}))
             return stops
     monkeypatch.setattr(segment, "Monitor", Watched)
-    config = dataclasses.replace(SEGMENT, protocol="published", size=32, epochs=12, patience=2, lr=0.05, batch_size=64)       # so large a rate that the loss soon rises
+    config = dataclasses.replace(SEGMENT, protocol="published", size=32, epochs=12, patience=2, lr=0.05, batch_size=64, keep_models=True)       # so large a rate that the loss soon rises
     out = tmp_path/"heart.json"
     res = json.loads(json.dumps(run_segment(config, out=out, progress=False), default=str))
     run, = res["runs"]
@@ -34,10 +33,11 @@ def test_published_segmentation(tmp_path, monkeypatch):
     losses = [v for _, v in run["series"]["val_loss"]]
     assert steps == list(range(1, len(steps) + 1)), "the part is one batch, so an epoch is a step"
     best = int(np.argmin(losses))
-    assert run["n"]["steps"] == len(losses) <= 12 and (len(losses) == 12 or len(losses) - 1 - best == 2)
+    assert run["n"]["steps"] == len(losses) == best + 3 < 12, losses             # two validations that were no better
     assert res["n"]["val_images"] > 0 and run["n"]["train_images"] == res["n"]["pool_images"]
     best_state = next(state for step, _, state in seen if step == best)
-    assert all(torch.equal(best_state[k], seen[-1][2][k]) for k in best_state), "what is kept at the end is what was best"
+    judged = load_segmenter(tmp_path/run["model"])[0].state_dict()
+    assert judged.keys() == best_state.keys() and all(torch.equal(best_state[k], judged[k]) for k in judged), "what is judged and saved is what was best"
     again = run_segment(config, out=out, progress=False)
     assert again["runs"][0]["train_s"] == run["train_s"] and len(seen) == len(losses), "a finished seed is not trained again"
     more = run_segment(dataclasses.replace(config, draw_seeds=[0, 1]), out=out, progress=False)
@@ -56,18 +56,14 @@ def test_validation_is_never_augmented(monkeypatch):
     assert len(shapes) == res["runs"][0]["n"]["steps"] and len(res["runs"][0]["series"]["val_loss"]) == 2 and max(shapes) <= 4
 
 
-@pytest.mark.parametrize("study, config, score", [(run_segment, dataclasses.replace(SEGMENT, shots=[8], steps=15), "dice_pooled"), (run_classify, dataclasses.replace(CLASSIFY, steps=15), "auprc_mean")])
-def test_bf16(study, config, score, tmp_path):
-    "bf16 is recorded, gives finite numbers near those of fp32, and is not fp32 under another name."
+@pytest.mark.parametrize("study, config", [(run_segment, dataclasses.replace(SEGMENT, shots=[8], steps=15)), (run_classify, dataclasses.replace(CLASSIFY, steps=15))])
+def test_bf16(study, config, tmp_path):
+    "bf16 is recorded, begins as fp32 does, learns as fast, and is not fp32 under another name."
     found = {}
     for precision in ("fp32", "bf16"):
-        out = tmp_path/f"{precision}.json"
-        res = study(dataclasses.replace(config, precision=precision), out=out, progress=False)
+        res = study(dataclasses.replace(config, precision=precision), out=tmp_path/f"{precision}.json", progress=False)
         assert res["precision"] == precision
-        run, = res["runs"]
-        found[precision] = np.array(run["series"]["loss"], dtype=float)
-        assert np.isfinite(found[precision]).all()
-        label = run["predictions"].split("/")[-1].removesuffix(".npz")
-        assert np.isfinite(np.asarray(read_predictions(out, label)["predictions"], dtype=float)).all()
+        found[precision] = np.array(res["runs"][0]["series"]["loss"], dtype=float)
     a, b = found["fp32"], found["bf16"]
     assert np.allclose(a[:3], b[:3], rtol=0.05) and not np.array_equal(a, b), (a, b)
+    assert b[-5:].mean() < b[:3].mean() and abs(a[-5:].mean() - b[-5:].mean()) < 0.3*(a[:3].mean() - a[-5:].mean()), (a, b)

@@ -2,10 +2,12 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from adam_nb import trainer
 from adam_nb.checkpoint import checkpoints, load_state, newest_state, read_log, save_state
 from adam_nb.config import AdamError
 from adam_nb.outcome import state_digest
@@ -48,6 +51,9 @@ def test_killed_at_any_moment(tmp_path):
             continue
         break
     assert process.returncode == 0 and len(kills) >= 2 and len(set(kills)) >= 2, (process.returncode, kills)       # not in one stage alone
+    for stage in ("stage0", "stage1"):                          # the states at the borders of stages, which stay
+        a, b = (newest_state(tmp_path/run/"stages"/stage/"checkpoints")[1] for run in ("straight", "killed"))
+        assert state_digest(a) == state_digest(b) and (a["stage"], a["step"]) == (int(stage[-1]) + 1, 0)
     for name in ("encoder.safetensors", "encoder_last.safetensors"):
         assert (tmp_path/"straight"/name).read_bytes() == (tmp_path/"killed"/name).read_bytes(), name
     ends = [newest_state(tmp_path/out/"checkpoints")[1] for out in ("straight", "killed")]
@@ -294,3 +300,21 @@ def test_a_worker_that_was_left_ends_with_the_interpreter():
     code = "from torch.utils.data import DataLoader\nfrom adam_nb.feed import batches_of\nleft = batches_of(DataLoader(list(range(1000)), num_workers=1))\nprint(next(left))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "") and "tensor" in done.stdout
+
+
+@pytest.mark.timeout(300)
+def test_a_border_that_was_missed_is_made_up_for(tmp_path, monkeypatch):
+    "A disk that refuses the second name of a border's state, or a kill before it: the same command makes it. A run begun anew does not keep the old one's."
+    config, real, calls = PretrainConfig(**CONFIG | {"steps": [4, 4, 4], "workers": 0, "cache": str(tmp_path/"cache")}), trainer.second_name, []
+    def refuses_once(*names):
+        calls.append(names)
+        if len(calls) == 1: raise AdamError("no space")
+        return real(*names)
+    monkeypatch.setattr(trainer, "second_name", refuses_once)
+    with pytest.raises(AdamError, match="no space"): pretrain(config, tmp_path/"run", progress=False)
+    pretrain(config, tmp_path/"run", progress=False)
+    borders = lambda: [(p.parents[1].name, p.name, (s := load_state(p))["stage"], s["step"]) for p in sorted((tmp_path/"run"/"stages").glob("*/checkpoints/*"))]
+    assert borders() == [("stage0", "step_00000004.pt", 1, 0), ("stage1", "step_00000008.pt", 2, 0)]
+    shutil.rmtree(tmp_path/"run"/"checkpoints")
+    pretrain(replace(config, steps=[2, 3, 2]), tmp_path/"run", progress=False)
+    assert borders() == [("stage0", "step_00000002.pt", 1, 0), ("stage1", "step_00000005.pt", 2, 0)]
