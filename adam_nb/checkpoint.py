@@ -38,9 +38,10 @@ def save_state(
         os.replace(tmp, path)
         _to_disk(path.parent)
     except (OSError, RuntimeError) as e:        # torch's writer turns a full disk into a RuntimeError
-        first = e
-        while first.__context__ is not None: first = first.__context__      # the writer covers it with an error of its own, about its position
-        if "DataLoader worker" in str(first): raise first from None         # PyTorch tells of a dead worker wherever the program is: no fault of the disk
+        under = e
+        while under is not None:                # PyTorch tells of a dead worker wherever the program is, and the writer covers that with an error about its position: no fault of the disk
+            if "DataLoader worker" in str(under): raise under from None
+            under = under.__context__
         raise AdamError(f"The checkpoint {path} could not be written ({' '.join(str(e).split())}); free some space or check the rights, then run the same command again.") from None
     finally:
         with suppress(OSError): tmp.unlink()        # gone where all went well; what stood in the way has been said above
@@ -118,9 +119,11 @@ def second_name(
     tmp = other.with_name(f".{other.name}.{os.getpid()}.tmp")
     try:
         other.parent.mkdir(parents=True, exist_ok=True)
+        tmp.unlink(missing_ok=True)
         try: os.link(path, tmp)
-        except OSError: shutil.copyfile(path, tmp)
+        except OSError: shutil.copyfile(path, tmp); _to_disk(tmp)
         os.replace(tmp, other)
+        _to_disk(other.parent)
     except OSError as e: raise AdamError(f"The state {other} could not be written ({e.strerror}); free some space or check the rights, then run the same command again.") from None
     finally:
         with suppress(OSError): tmp.unlink()        # also where both names were one file already

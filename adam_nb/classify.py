@@ -26,7 +26,7 @@ from .device import pick_device, pick_precision, thread_count
 from .export import save_supervised
 from .finetune import Arrays, fit, load_arrays, mean_and_std, predict, seeded, start_encoder, thin
 from .memory import keep_memory
-from .metrics import auprc, auroc, auroc_ci
+from .metrics import auprc, auroc, label_intervals
 from .predictions import code_of, finished_run, predictions_folder, run_key, save_run, save_truth
 from .protocols import Monitor, augmentation, check_input, filled, limited, no_data, parts_of, step_counts
 from .results import result
@@ -123,17 +123,18 @@ def label_metrics(
     scores: np.ndarray,        # (N, outputs)
     seed: int = 0,             # of the bootstrap
 ) -> dict:
-    "auroc_mean with interval, auprc_mean, classes counted, per class auroc and auprc (NaN below ten positives or negatives), too_few, and `within` each subgroup."
+    "auroc_mean and auprc_mean with intervals, classes counted, per class auroc and auprc (NaN below ten positives or negatives) and their `intervals` {auroc: {class: [low, high]}, auprc: …}, too_few, and `within` each subgroup. Intervals are over patients."
     labels = test.targets.numpy()
     roc, pr = auroc(labels, scores, test.names), auprc(labels, scores, test.names)
     used = [i for i, n in enumerate(test.names) if not np.isnan(roc["per_class"][n])]
-    low, high = auroc_ci(labels[:, used], scores[:, used], test.patients, seed) if used else (float("nan"),) * 2
+    ends = label_intervals(labels[:, used], scores[:, used], test.patients, seed) if used else {"auroc_mean": (float("nan"),)*2, "auprc_mean": (float("nan"),)*2}
+    intervals = {what: {test.names[i]: list(map(float, ends[what][k])) for k, i in enumerate(used)} for what in ("auroc", "auprc")}
     within = {}
     for g in sorted(set(test.groups) - {""}):
         r = auroc(labels[test.groups == g], scores[test.groups == g], test.names)
         within[g] = {"auroc_mean": r["mean"], "auroc": r["per_class"], "classes": r["classes"], "n": int((test.groups == g).sum())}
-    return {"auroc_mean": roc["mean"], "auroc_mean_low": low, "auroc_mean_high": high, "auprc_mean": pr["mean"], "classes": roc["classes"],
-            "auroc": roc["per_class"], "auprc": pr["per_class"], "too_few": roc["too_few"], "within": within}
+    mean = {f"{what}_mean{end}": v for what, r in (("auroc", roc), ("auprc", pr)) for end, v in zip(("", "_low", "_high"), (r["mean"], *ends[f"{what}_mean"]))}
+    return {**mean, "classes": roc["classes"], "auroc": roc["per_class"], "auprc": pr["per_class"], "intervals": intervals, "too_few": roc["too_few"], "within": within}
 
 # %% ../nbs/17_classify.ipynb #15a09d67
 def _labelled(data, what):

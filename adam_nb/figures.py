@@ -25,7 +25,7 @@ from .published import FEW_SHOT, question
 from .results import write_json
 from .runs import Missing, Run, arm_name, arms_of, chain_folders, curve, probe_prefix, read_run, seeds_of, waiting
 from .significance import holm
-from .transfer import few_shot_table, task_points, transfer_bars, transfer_table, with_caveats
+from .transfer import few_shot_table, transfer_bars, transfer_table, with_caveats
 
 # %% ../nbs/24_figures.ipynb #24d0c002
 def _cuts(run: Run) -> dict[str, np.ndarray]:
@@ -186,17 +186,17 @@ def _shots(ax, points: list[dict], shots: list, dx: float, arm: str, colour: str
 
 # %% ../nbs/24_figures.ipynb #b34a6bd4
 def auroc_points(run: Run) -> list[dict]:
-    "Every classification with all labels or a share of them as arm, seed, task, question, fraction, draw, n (test films), auroc {class: value or None}, mean, low, high, too_few, path."
+    "Every classification with all labels or a share of them as arm, seed, task, question, fraction, draw, n (test films), auroc {class: value or None}, intervals {class: [low, high]}, mean, low, high, too_few, path."
     return [{"arm": r["arm"], "seed": r["seeds"].get("pretrain_seed") or 0, "task": r.get("task", "?"), "question": question, "fraction": one["fraction"], "draw": one["draw_seed"],
-             "n": one["n"].get("test_images"), "auroc": m["auroc"], "too_few": m["too_few"], "path": r["_path"], **dict(zip(("mean", "low", "high"), number(m, "auroc_mean")))}
+             "n": one["n"].get("test_images"), "auroc": m["auroc"], "intervals": {c: tuple(np.nan if v is None else v for v in ends) for c, ends in m.get("intervals", {}).get("auroc", {}).items()}, "too_few": m["too_few"], "path": r["_path"], **dict(zip(("mean", "low", "high"), number(m, "auroc_mean")))}
             for r in run.results if r["kind"] == "classify" for one in r.get("runs") or [] if one["fraction"] is not None for question, m in one["metrics"].items()]
 
 # %% ../nbs/24_figures.ipynb #0010ee60
 @from_run
 def auroc_classes(run, used) -> Figure:
-    "AUROC of each class and arm, a panel for each task and method, with the largest share of labels; means over draws and seeds, small points: single runs."
+    "AUROC of each class and arm, a panel for each task and method, with the largest share of labels; means over draws and seeds, small points: single runs; of a single run 95 % intervals over patients."
     points = auroc_points(run)
-    if not points: raise Missing(f"No classification. {waiting(run, 'classify')}")
+    if not points: raise Missing("There are classifications with a few films alone; add fractions: [1.0] to see every class." if any(r["kind"] == "classify" and r.get("runs") for r in run.results) else f"No classification. {waiting(run, 'classify')}")
     points = [p for p in points if p["fraction"] == max(q["fraction"] for q in points if q["task"] == p["task"])]
     if not any(np.isfinite(p["mean"]) for p in points): raise Missing(f"No finding has ten positives and ten negatives among the {points[0]['n']} test films, so no AUROC is given; use more films.")
     used += [{"_path": p["path"]} for p in points]
@@ -212,7 +212,7 @@ def auroc_classes(run, used) -> Figure:
                 values = [p["mean"] if i == 0 else p["auroc"].get(c) for p in own]
                 values = [v for v in values if v is not None and np.isfinite(v)]
                 if not values: continue
-                interval = (own[0]["low"], own[0]["high"]) if i == 0 and len(own) == 1 else (np.nan, np.nan)
+                interval = (np.nan, np.nan) if len(own) > 1 else (own[0]["low"], own[0]["high"]) if i == 0 else own[0]["intervals"].get(c, (np.nan, np.nan))
                 dot(ax, np.mean(values), *interval, i + dy, *style, size=8, label=arm_name(arm))
                 if len(values) > 1: ax.plot(values, [i + dy] * len(values), linestyle="none", marker=".", markersize=4, color=style[0], alpha=0.5)
         ax.axvline(0.5, color=INK, linestyle=":", linewidth=1.4)
@@ -290,8 +290,9 @@ def differences_table(run: Run, target: str | None = None):
              **{name: None if c[k] is None else c[k]*c["factor"] for name, k in (("mean", "mean"), ("low", "low"), ("high", "high"))},
              "Hedges' g": c["g"], "p (paired t)": c["t_p"], "p (paired t, Holm)": None, "p (Welch)": c["welch_p"], "seeds": c["n_seeds"], "draws": c["n_draws"], "runs of one arm alone": c["left_out_a"] + c["left_out_b"]} for c in every]
     for row, p in zip(rows, holm([np.nan if r["p (paired t)"] is None else r["p (paired t)"] for r in rows])): row["p (paired t, Holm)"] = None if np.isnan(p) else float(p)
-    table = pd.DataFrame(rows)
-    return table.astype(object).where(table.notna(), None)
+    table = pd.DataFrame(rows).astype(object).where(lambda t: t.notna(), None)
+    table.attrs["from"] = sorted({path for c in every for path in c["sources"]})
+    return table
 
 # %% ../nbs/24_figures.ipynb #ddf6b40f
 FIGURES = {  # name -> (title, function, kind of result that it is drawn from; "" = all). Probe figures are drawn once for each probed data set.
@@ -315,10 +316,10 @@ FIGURES = {  # name -> (title, function, kind of result that it is drawn from; "
     "ablation": ("Every arm in every headline number", ablation, ""),
 }
 
-TABLES = {  # name -> (title, function, its sources)
-    "few_shot": ("Few-shot segmentation, mean ± standard deviation (%) by labelled films", few_shot_table, lambda run: {p["path"] for p in task_points(run) if isinstance(p["shots"], int)}),
-    "transfer": ("Target tasks, mean ± standard deviation (%) with all labels, or the most that were given", transfer_table, lambda run: {p["path"] for p in task_points(run)}),
-    "differences": ("Paired differences between arms over the pretraining seeds that both have", differences_table, lambda run: {p for c in comparisons(run) for p in c["sources"]}),
+TABLES = {  # name -> (title, function); a table's attribute "from" names the results that it was made of
+    "few_shot": ("Few-shot segmentation, mean ± standard deviation (%) by labelled films", few_shot_table),
+    "transfer": ("Target tasks, mean ± standard deviation (%) with all labels, or the most that were given", transfer_table),
+    "differences": ("Paired differences between arms over the pretraining seeds that both have", differences_table),
 }
 
 @dataclass
@@ -345,13 +346,13 @@ def figure_plan(run: Run) -> list[Planned]:
 def make_tables(run: Run, out: Path) -> tuple[dict, dict]:
     "Write the tables of `TABLES` into `out`/tables as CSV and Markdown: ({name: {title, csv, md, from}}, {\"tables/name\": why it is missing})."
     made, missing = {}, {}
-    for name, (title, table, sources) in TABLES.items():
+    for name, (title, table) in TABLES.items():
         try: frame = table(run)
         except Missing as e: missing[f"tables/{name}"] = str(e); continue
         (out/"tables").mkdir(parents=True, exist_ok=True)
         frame.to_csv(out/f"tables/{name}.csv", index=False)
         (out/f"tables/{name}.md").write_text(with_caveats(frame, run), encoding="utf-8")
-        made[name] = {"title": title, "csv": f"tables/{name}.csv", "md": f"tables/{name}.md", "from": sorted(sources(run))}
+        made[name] = {"title": title, "csv": f"tables/{name}.csv", "md": f"tables/{name}.md", "from": frame.attrs["from"]}
     return made, missing
 
 def make_figures(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['counts', 'dice_of', 'iou_of', 'dice_pooled', 'dice_per_image', 'iou', 'bootstrap_ci', 'overlap_scores', 'auroc',
-           'auprc', 'auroc_ci']
+           'auprc', 'label_intervals']
 
 # %% ../nbs/15_metrics.ipynb #9570a274
+import warnings
+
 import numpy as np
-from scipy.stats import rankdata
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from .config import AdamError
@@ -146,23 +147,43 @@ def auprc(labels, scores, names=None, min_count: int = 10) -> dict:
     return _per_class(average_precision_score, labels, scores, names, min_count)
 
 # %% ../nbs/15_metrics.ipynb #7fa28c05
-def _rank_auroc(y, s):
-    "AUROC by ranks; NaN with one class only."
-    positive, n = int(y.sum()), len(y)
-    if not 0 < positive < n: return float("nan")
-    return (rankdata(s)[y == 1].sum() - positive * (positive + 1) / 2) / (positive * (n - positive))
+def _weighted_areas(y: np.ndarray, s: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    "(2, R) AUROC and average precision of labels y and scores s (N,), each film counted `weights` (R, N) times; NaN with one class only."
+    order = np.argsort(-s, kind="stable")
+    y, s, weights = y[order], s[order], weights[:, order]
+    last = np.flatnonzero(np.r_[s[1:] != s[:-1], True])             # equal scores are passed together
+    positive, passed = (np.cumsum(w, 1)[:, last] for w in (weights*y, weights))
+    negative = passed - positive
+    step = lambda x: np.diff(x, axis=1, prepend=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        roc = (step(negative)*(positive - step(positive)/2)).sum(1)/(positive[:, -1]*negative[:, -1])
+        precision = (step(positive)*np.where(passed > 0, positive/passed, 0)).sum(1)/positive[:, -1]
+    return np.where((positive[:, -1] > 0) & (negative[:, -1] > 0), (roc, precision), np.nan)
 
-def auroc_ci(
+def label_intervals(
     labels,            # (N,) or (N, C): 0, 1 or NaN; of the classes that count
     scores,            # like `labels`
     groups=None,       # (N,) patients
     seed: int = 0,
     resamples: int = 200,
-) -> tuple[float, float]:
-    "Bootstrap interval (95 %) over patients of an AUROC, or of the mean over classes. A class that has only one value in a resample is left out of its mean."
+) -> dict:
+    """Bootstrap intervals (95 %) over patients, of all classes from the same resamples: `auroc` and `auprc` (C, 2), and `auroc_mean` and `auprc_mean` (low, high) of their means.
+
+    A class that has only one value in a resample is left out of that resample's mean. NaN with fewer than two patients."""
     y, s = (np.asarray(x, dtype=float).reshape(len(x), -1) for x in (labels, scores))
-    c = y.shape[1]
-    def mean_auroc(rows):
-        values = [_rank_auroc(rows[k, i], rows[k, c + i]) for i in range(c) for k in [~np.isnan(rows[:, i])]]
-        return np.nan if np.isnan(values).all() else float(np.nanmean(values))
-    return bootstrap_ci(np.concatenate([y, s], 1), groups, seed, mean_auroc, resamples)
+    names, which = np.unique(np.arange(len(y)) if groups is None else np.asarray(groups), return_inverse=True)
+    n, c = len(names), y.shape[1]
+    if n < 2: return {"auroc": np.full((c, 2), np.nan), "auprc": np.full((c, 2), np.nan), "auroc_mean": (np.nan,)*2, "auprc_mean": (np.nan,)*2}
+    draws = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    values, part = np.empty((2, resamples, c)), max(1, 10**6//len(y))          # resamples at a time: little memory
+    for r in range(0, resamples, part):
+        counts = np.stack([np.bincount(d, minlength=n) for d in draws[r:r + part]])[:, which].astype(float)
+        for i in range(c):
+            known = ~np.isnan(y[:, i])
+            values[:, r:r + part, i] = _weighted_areas(y[known, i], s[known, i], counts[:, known]) if known.any() else np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)                        # of classes and resamples that have no value at all
+        ends, means = np.nanpercentile(values, (2.5, 97.5), axis=1), np.nanmean(values, axis=2)
+        low, high = np.nanpercentile(means, (2.5, 97.5), axis=1)
+    return {"auroc": ends[:, 0].T, "auprc": ends[:, 1].T, "auroc_mean": (float(low[0]), float(high[0])), "auprc_mean": (float(low[1]), float(high[1]))}
+

@@ -203,7 +203,7 @@ def _on_labels(preset: str, folder: str, arm: str, seed: int, images: PrepareCon
     if not isinstance(said, dict) or "task" not in said: raise AdamError(f"Arm {arm} of preset {preset}: 'supervised' names a task and what differs from classify.yaml, for example {{task: chestxray14}}.")
     if task(said["task"]).dataset != images.data: raise AdamError(f"Arm {arm} of preset {preset}: task {said['task']} has the images of {task(said['task']).dataset}, but pretraining has those of {images.data}; name a task on the same images.")
     updates = {"steps": sum(recipe.steps) if isinstance(recipe.steps, list) else recipe.steps * len(recipe.stages)} if recipe.steps else {"epochs": sum(recipe.epochs) if isinstance(recipe.epochs, list) else recipe.epochs * len(recipe.stages)}
-    v = values | {"data_root": images.data_root, "data_options": images.data_options, **updates, "batch_size": recipe.batch_size} | said | {"methods": ["finetune"], "fractions": [1.0], "draw_seeds": [0], "seed": seed, "keep_models": True}
+    v = values | {"data_root": images.data_root, "data_options": images.data_options, **updates, "batch_size": recipe.batch_size} | said | {"methods": ["finetune"], "fractions": [1.0], "shots": [], "draw_seeds": [0], "seed": seed, "keep_models": True}
     out = f"{folder}/{arm}/seed{seed}/checkpoints/labels.json"      # among the checkpoints: it is this arm's pretraining, not a result beside the others'
     node = Node(f"classify.{arm}.seed{seed}.labels", "classify", to_dict(build(CONFIGS["classify"], v, f"arm {arm} of preset {preset}")),
                 {"arm": arm, "encoder": None, "pretrain_seed": seed, "backbone": recipe.backbone, "in_channels": recipe.in_channels, "films": f"{folder}/films", "out": out}, [prepared], out, folder)

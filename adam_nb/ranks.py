@@ -107,7 +107,9 @@ def same(values: dict, remedy: str) -> None:
 # %% ../nbs/10a_ranks.ipynb #7736e22b
 @contextmanager
 def group():
-    "Within it the processes that a launcher has started are ranks of one run; a single process is left as it is. An `AdamError` leaves it with the attribute `rank`."
+    """Within it the processes that a launcher has started are ranks of one run; a single process is left as it is, and so is a group that was there before.
+
+    An `AdamError` that leaves the ranks carries the number of its own as attribute `rank`. It takes gloo's group down; in other cases the group stays, for the process is about to end."""
     if _together() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -119,8 +121,8 @@ def group():
     try: yield
     except AdamError as e:
         e.rank = rank()
-        # gloo's threads have to end before the interpreter, which aborts them; NCCL would wait for a rank that does not know of the error
-        if backend == "gloo" or not isinstance(e, Alone) and e.__cause__ is None: dist.destroy_process_group()
+        if backend == "gloo":                   # whose threads have to end before the interpreter, which would abort; NCCL may wait for a rank that does not know of the error
+            with suppress(RuntimeError): dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 

@@ -215,7 +215,7 @@ def _invented_downstream(write, arm: str, a: int, seed: int, data: str, rng):
     runs = [{"shots": k, "draw_seed": d, "n": test | {"train_images": k}, "metrics": {c: scores(min(0.97, base + 0.05 * np.log2(k) + 0.015 * a + rng.normal(0, 0.012))) for c, base in (("heart", 0.66), ("clavicle", 0.34))}}
             for k in (3, 12) for d in (0, 1)]
     write("scr.json", "segment", arm, seed, {}, task=task, runs=runs, n={"test_images": 60}, config={"task": task, "steps": 60})
-    marks = lambda v: {"auroc_mean": v, "auroc_mean_low": v - 0.05, "auroc_mean_high": v + 0.05, "auprc_mean": v - 0.3, "auroc": {"effusion": v, "mass": v - 0.1, "nodule": v + 0.05, "hernia": None}, "too_few": {"hernia": {"positive": 3, "negative": 57}}, "within": {}}
+    marks = lambda v: {"auroc_mean": v, "auroc_mean_low": v - 0.05, "auroc_mean_high": v + 0.05, "auprc_mean": v - 0.3, "auroc": {"effusion": v, "mass": v - 0.1, "nodule": v + 0.05, "hernia": None}, "intervals": {"auroc": {"effusion": [v - 0.08, v + 0.06], "mass": [v - 0.2, v], "nodule": [None, None]}}, "too_few": {"hernia": {"positive": 3, "negative": 57}}, "within": {}}
     write("findings.json", "classify", arm, seed, {}, task="findings_phantom" if "phantom" in data else "chestxray14", n={"test_images": 60}, runs=[
         {"method": m, "fraction": f, "draw_seed": 0, "metrics": {m + ("" if f == 1 else f"@{f:g}"): marks(min(0.95, base + 0.03 * a + 0.05 * f + rng.normal(0, 0.01)))}, "n": {"train_images": int(200 * f), "test_images": 60}} for m, base in (("finetune", 0.7), ("linear", 0.66)) for f in (0.1, 1.0)])
     both = lambda v, w=0.03: lambda name: {name: v, f"{name}_low": v - w, f"{name}_high": v + w}

@@ -32,8 +32,8 @@ def _scores(kind: str, task: str, one: dict) -> tuple[dict, object, str]:
     return {f"mean of {len(values)}": float(np.mean(list(values.values())))} if len(values) > _MANY else values, labelled, _UNITS[metric]
 
 def task_points(run: Run) -> list[dict]:
-    "Every fine-tuning as arm, seed, draw, task, structure, shots (films, a share in words, or \"all\"), value (%), unit, n (test films), path."
-    return [{"arm": r["arm"], "seed": r["seeds"].get("pretrain_seed") or 0, "draw": one["draw_seed"], "task": task, "structure": structure, "shots": labelled, "value": value, "unit": unit, "n": one["n"].get("test_images"), "path": r["_path"]}
+    "Every fine-tuning as arm, seed, draw, task, structure, shots (films, a share in words, or \"all\"), value (%), unit, n (test films), trained (films), path."
+    return [{"arm": r["arm"], "seed": r["seeds"].get("pretrain_seed") or 0, "draw": one["draw_seed"], "task": task, "structure": structure, "shots": labelled, "value": value, "unit": unit, "n": one["n"].get("test_images"), "trained": one["n"].get("train_images") or (labelled if isinstance(labelled, int) else 0), "path": r["_path"]}
             for r in run.results if r["kind"] in ("segment", "classify") for task in [r.get("task") or r["config"].get("task", "?")]
             for one in r.get("runs") or [] for values, labelled, unit in [_scores(r["kind"], task, one)] for structure, value in values.items()]
 
@@ -50,7 +50,7 @@ def standings(
     for task, structure in dict.fromkeys((p["task"], p["structure"]) for p in points):
         mine = [p for p in points if (p["task"], p["structure"]) == (task, structure)]
         given = {p["shots"] for p in mine}
-        want = shots if shots is not None else "all" if "all" in given else max(given, key=lambda k: k if isinstance(k, (int, float)) else -1)
+        want = shots if shots is not None else "all" if "all" in given else max(given, key=lambda k: max(p["trained"] for p in mine if p["shots"] == k))
         mine = [p for p in mine if p["shots"] == want]
         arms = [a for a in arms_of(run) if any(p["arm"] == a for p in mine)]
         if not arms: continue
@@ -134,9 +134,9 @@ def few_shot_table(run: Run):
     "A DataFrame: an arm a row, a column for each structure and number of labelled films, \"mean ± sd (+gain)\"; published rows marked with †; a column for each segmentation task without data. `Missing` without few-shot results."
     import pandas as pd
     shots = sorted({p["shots"] for p in task_points(run) if isinstance(p["shots"], int)})
-    if not shots: raise Missing(f"No few-shot result. {waiting(run, 'segment')}")
     columns, rows, paper = {}, dict.fromkeys(arms_of(run)), {}
-    found = {k: standings(run, k) for k in shots}
+    found = {k: [r for r in standings(run, k) if r["unit"] != _UNITS["auroc_mean"]] for k in shots}
+    if not any(found.values()): raise Missing(f"No few-shot segmentation. {waiting(run, 'segment')}")
     for task, structure in dict.fromkeys((r["task"], r["structure"]) for k in shots for r in found[k]):
         q = question(task, structure)
         for k in shots:
@@ -149,9 +149,11 @@ def few_shot_table(run: Run):
             best, lead = _gains({m: v for m, v in old.items() if m != "DINO"})
             columns[name] |= {f"† {METHODS[m]}": f"{v:.2f}" + (f" (+{lead:.1f})" if m == best else "") for m, v in old.items()}
             paper |= dict.fromkeys(f"† {METHODS[m]}" for m in old)
-    columns |= {t: dict.fromkeys(map(arm_name, rows), "no data") for t in _absent_segmentations(run) if not any(r["task"] == t for k in shots for r in found[k])}
     names = [n for n in [arm_name(a) for a in rows] + list(paper) if any(n in c for c in columns.values())]
-    return pd.DataFrame([[n, *(c.get(n, "–") for c in columns.values())] for n in names], columns=["arm", *columns])
+    columns |= {t: dict.fromkeys(names, "no data") for t in _absent_segmentations(run) if not any(r["task"] == t for k in shots for r in found[k])}
+    table = pd.DataFrame([[n, *(c.get(n, "–") for c in columns.values())] for n in names], columns=["arm", *columns])
+    table.attrs["from"] = sorted({path for k in shots for r in found[k] for path in r["sources"]})
+    return table
 
 # %% ../nbs/23d_transfer.ipynb #81f7123d
 def _rows_of(r: dict, arms: list[str]) -> list[dict]:
@@ -173,7 +175,9 @@ def transfer_table(run: Run, shots=None):
     if not rows: raise Missing(f"No target task. {waiting(run, 'segment', 'classify')}")
     columns = ["task", "labels", "test films", *map(arm_name, arms), "difference", "Hedges' g", "p (Welch, Holm)", "runs an arm"]
     table = pd.DataFrame(rows)
-    return table[[c for c in columns if c in table]].astype(object).where(lambda t: t.notna(), None)
+    table = table[[c for c in columns if c in table]].astype(object).where(lambda t: t.notna(), None)
+    table.attrs["from"] = sorted({path for r in every for path in r["sources"]})
+    return table
 
 # %% ../nbs/23d_transfer.ipynb #38389c2b
 def inequalities(run: Run) -> list[str]:
@@ -204,6 +208,7 @@ def with_caveats(table, run: Run, digits: int = 3) -> str:
     "A table as Markdown, and below it what is not equal between the arms, and what † means."
     from adam_nb.compare import to_markdown
     text = to_markdown(table, digits)
-    if "no data" in text: text += "\n" + "".join(f"- {task}: {why}\n" for task, why in absent_tasks(run).items())
+    bare = [task for task in absent_tasks(run) if task in table and (table[task] == "no data").all()]
+    if bare: text += "\n" + "".join(f"- {task}: {absent_tasks(run)[task]}\n" for task in bare)
     if "†" in text: text += "\n† published: another split, other draws, more pretraining; the task is the same, the setting is not.\n"
     return text + "\n" + "\n".join(f"- {line}" for line in inequalities(run)) + "\n"

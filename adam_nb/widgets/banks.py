@@ -75,14 +75,15 @@ def stages_of_run(
 ) -> dict[str, Callable[[], Parts]]:
     "'random' and the name of each stage -> a function that gives the parts as that checkpoint sees them, computed once. `AdamError` when no stage is there."
     if isinstance(folder, (list, tuple)): stages = [Path(f) for f in folder]
-    elif (Path(folder)/"checkpoints").is_dir(): stages = [*sorted(p.parent for p in Path(folder).glob("stages/*/checkpoints")), Path(folder)]
+    elif (Path(folder)/"checkpoints").is_dir(): stages = [*sorted((p.parent for p in Path(folder).glob("stages/*/checkpoints")), key=lambda p: (len(p.name), p.name)), Path(folder)]
     else:
         stages = sorted(p.parent for p in Path(folder).glob("*/checkpoints"))
         while stages and (before := _before(stages[0])): stages.insert(0, before)
     if not stages: raise AdamError(f"There is no stage with checkpoints in {folder}; name the folder of an arm, or run its first stage.")
     if level is None: level = _finest(load_adam(stages[-1])[1])
     once = lambda *a, **k: lru_cache(maxsize=1)(partial(parts_of_run, *a, **k))
-    name = lambda s: f"stage{len(stages) - 1}" if s != stages[0] and s == stages[0].parents[1] else s.name
+    in_one_go = len(stages) > 1 and stages[-2].parents[1] == stages[-1]           # the last stage has no folder of its own
+    name = lambda s: f"stage{int(stages[-2].name.removeprefix('stage')) + 1}" if in_one_go and s is stages[-1] else s.name
     return {"random": once(stages[0], images, level, untrained=True)} | {name(s): once(s, images, level) for s in stages}
 
 # %% ../../nbs/26d_widgets.banks.ipynb #a0160477
