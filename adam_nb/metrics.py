@@ -171,7 +171,9 @@ def label_intervals(
 
     A class that has only one value in a resample is left out of that resample's mean. NaN with fewer than two patients."""
     y, s = (np.asarray(x, dtype=float).reshape(len(x), -1) for x in (labels, scores))
-    names, which = np.unique(np.arange(len(y)) if groups is None else np.asarray(groups), return_inverse=True)
+    groups = np.arange(len(y)) if groups is None else np.asarray(groups)
+    if not len(y) == len(s) == len(groups): raise AdamError(f"{len(y)} rows of labels have {len(s)} rows of scores and {len(groups)} group names; give one of each for a film.")
+    names, which = np.unique(groups, return_inverse=True)
     n, c = len(names), y.shape[1]
     if n < 2: return {"auroc": np.full((c, 2), np.nan), "auprc": np.full((c, 2), np.nan), "auroc_mean": (np.nan,)*2, "auprc_mean": (np.nan,)*2}
     draws = np.random.default_rng(seed).integers(0, n, (resamples, n))

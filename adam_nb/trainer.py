@@ -7,7 +7,7 @@ __all__ = ['keep_border', 'save', 'train_stage', 'span', 'stop', 'end_stage', 'c
            'Stopped', 'listening', 'pretrain', 'draw_pruning', 'begin_from', 'main', 'PretrainConfig', 'plot_log']
 
 # %% ../nbs/13e_trainer.ipynb #99a32d8f
-import argparse, dataclasses, os, shutil, signal, sys, tempfile, time, warnings
+import argparse, dataclasses, os, signal, sys, tempfile, time, warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -178,6 +178,7 @@ def recall(run: Run, stage: Stage):
 # %% ../nbs/13e_trainer.ipynb #b9a55157
 class Stopped(AdamError):
     "A signal has asked the run to stop; its state is saved, and the same command goes on."
+    shared = True          # by all ranks
 
 @contextmanager
 def listening(run: Run):
@@ -288,7 +289,6 @@ def _train(config, out, only, start, init_digest, state, progress, arm, on_step,
     run.log = ranks.agree(lambda: _open_log(config, out, state, progress) if ranks.rank() == 0 else _Silent())
     run.curves = LiveCurves(out/"log.jsonl") if progress and in_notebook() else None
     try:
-        if not state and only is None: ranks.first(lambda: shutil.rmtree(out/"stages", ignore_errors=True))      # of a run whose checkpoints somebody deleted, to begin anew
         if state: _go_on(run, state, only, accept_changes, changed)
         elif start:
             run.model.load_state_dict(start["model"])

@@ -165,10 +165,13 @@ def _rows_of(r: dict, arms: list[str]) -> list[dict]:
     paper = {arm_name(a): f"{p[0]:.2f}" + (f" ± {p[1]:.2f}" if p[1] is not None else "") for a in arms if (p := published(r["task"], r["structure"], a, r["shots"]))}
     return [row] + ([{"task": f"† {_name(r['task'], r['structure'])}, published", "labels": str(r["shots"])} | paper] if paper else [])
 
-def _uncounted(run: Run) -> dict[str, str]:
-    "Task -> why its fine-tunings gave no number."
-    why = {"classify": "no class has ten positives and ten negatives among the {} test films", "segment": "the masks of the {} test films are empty"}
-    return {r["task"]: f"no number: {why[r['kind']].format(r['n'].get('test_images'))}" for r in run.results if r["kind"] in why and r.get("runs") and r.get("task")}
+def _uncounted(run: Run) -> dict[str, dict]:
+    "Task -> a result of it that was fine-tuned and gave no number at all."
+    counted = {p["task"] for p in task_points(run)}
+    tuned = lambda r: r["kind"] == "segment" or r["kind"] == "classify" and any(one.get("method") == "finetune" for one in r["runs"])
+    return {r["task"]: r for r in run.results if r.get("runs") and r.get("task") and r["task"] not in counted and tuned(r)}
+
+_WHY = {"classify": "no class has ten positives and ten negatives", "segment": "no pixel counts"}
 
 def transfer_table(run: Run, shots=None):
     "A DataFrame: a question a row, arms as columns (mean ± sd), Adam − best rival with its 95 % interval, Hedges' g, p (Welch, Holm); published numbers in rows marked with †; tasks without data, or without a number, at the end."
@@ -176,12 +179,14 @@ def transfer_table(run: Run, shots=None):
     every = standings(run, shots)
     arms = [a for a in arms_of(run) if any(a in r["arms"] for r in every)]
     rows = [row for r in every for row in _rows_of(r, arms)]
-    rows += [{"task": task, "labels": why} for task, why in (_uncounted(run) | absent_tasks(run)).items() if not any(r["task"] == task for r in every)]
+    rows += [{"task": task, "labels": why} for task, why in absent_tasks(run).items() if not any(r["task"] == task for r in every)]
+    silent = _uncounted(run)
+    rows += [{"task": task, "labels": f"no number: {_WHY[r['kind']]} among the {r['n'].get('test_images')} test films"} for task, r in silent.items()]
     if not rows: raise Missing(f"No target task. {waiting(run, 'segment', 'classify')}")
     columns = ["task", "labels", "test films", *map(arm_name, arms), "difference", "Hedges' g", "p (Welch, Holm)", "runs an arm"]
     table = pd.DataFrame(rows)
     table = table[[c for c in columns if c in table]].astype(object).where(lambda t: t.notna(), None)
-    table.attrs["from"] = sorted({path for r in every for path in r["sources"]})
+    table.attrs["from"] = sorted({path for r in every for path in r["sources"]} | {r["_path"] for r in run.results if r.get("task") in silent})
     return table
 
 # %% ../nbs/23d_transfer.ipynb #38389c2b

@@ -93,7 +93,12 @@ def average_precision(y, s):
 @pytest.mark.parametrize("name, y, s", list(rankings()), ids=lambda x: x if isinstance(x, str) else "")
 def test_ranking(name, y, s):
     assert auroc(y, s, min_count=1)["mean"] == pytest.approx(pairs(y, s))
-    if 0 < y.sum() < len(y): assert _weighted_areas(y, s, np.ones((2, len(y))))[:, 1] == pytest.approx((pairs(y, s), average_precision(y, s)))
+    times = np.random.default_rng(len(y)).integers(0, 4, (6, len(y)))           # a resample as numbers of times, and as rows
+    times[0] = 1
+    for w, areas in zip(times, _weighted_areas(y, s, times.astype(float)).T):
+        again = np.repeat(np.arange(len(y)), w)
+        if 0 < y[again].sum() < len(again): assert areas == pytest.approx((pairs(y[again], s[again]), average_precision(y[again], s[again])))
+        else: assert np.isnan(areas).all()
     assert auprc(y, s, min_count=1)["mean"] == pytest.approx(average_precision(y, s))
     order = torch.tensor(np.unique(s, return_inverse=True)[1].astype(np.float64) / 1000)       # torchmetrics takes logits as float32: ranks are the same question
     assert auroc(y, s, min_count=1)["mean"] == pytest.approx(binary_auroc(order, torch.tensor(y)).item(), abs=1e-5)

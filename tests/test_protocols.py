@@ -8,6 +8,7 @@ import torch
 
 from adam_nb import finetune, segment
 from adam_nb.classify import ClassifyConfig, run_classify
+from adam_nb.predictions import read_predictions
 from adam_nb.segment import SegmentConfig, load_segmenter, run_segment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,8 +62,10 @@ def test_bf16(study, config, tmp_path):
     "bf16 is recorded, begins as fp32 does, learns as fast, and is not fp32 under another name."
     found = {}
     for precision in ("fp32", "bf16"):
-        res = study(dataclasses.replace(config, precision=precision), out=tmp_path/f"{precision}.json", progress=False)
+        out = tmp_path/f"{precision}.json"
+        res = study(dataclasses.replace(config, precision=precision), out=out, progress=False)
         assert res["precision"] == precision
+        if study is run_classify: assert np.isfinite(read_predictions(out, "finetune_share1_draw0")["predictions"]).all()
         found[precision] = np.array(res["runs"][0]["series"]["loss"], dtype=float)
     a, b = found["fp32"], found["bf16"]
     assert np.allclose(a[:3], b[:3], rtol=0.05) and not np.array_equal(a, b), (a, b)

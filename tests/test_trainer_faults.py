@@ -304,7 +304,7 @@ def test_a_worker_that_was_left_ends_with_the_interpreter():
 
 @pytest.mark.timeout(300)
 def test_a_border_that_was_missed_is_made_up_for(tmp_path, monkeypatch):
-    "A disk that refuses the second name of a border's state, or a kill before it: the same command makes it. A run begun anew does not keep the old one's."
+    "A disk that refuses the second name of a border's state, or a kill before it: the same command makes it. A run begun anew puts its own in the place of the old one's."
     config, real, calls = PretrainConfig(**CONFIG | {"steps": [4, 4, 4], "workers": 0, "cache": str(tmp_path/"cache")}), trainer.second_name, []
     def refuses_once(*names):
         calls.append(names)

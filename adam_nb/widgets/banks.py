@@ -74,17 +74,20 @@ def stages_of_run(
     level: int | None = None,           # None: the finest that the last stage was trained at
 ) -> dict[str, Callable[[], Parts]]:
     "'random' and the name of each stage -> a function that gives the parts as that checkpoint sees them, computed once. `AdamError` when no stage is there."
+    names, in_order = {}, lambda found: sorted((p.parent for p in found), key=lambda p: (len(p.name), p.name))
     if isinstance(folder, (list, tuple)): stages = [Path(f) for f in folder]
-    elif (Path(folder)/"checkpoints").is_dir(): stages = [*sorted((p.parent for p in Path(folder).glob("stages/*/checkpoints")), key=lambda p: (len(p.name), p.name)), Path(folder)]
+    elif (Path(folder)/"checkpoints").is_dir():
+        state = _state_of(folder)
+        last = state["stage"] - (state["step"] == 0)                  # the stage that the newest state shows; what lies at later borders is of another run
+        borders = [p for p in in_order(Path(folder).glob("stages/stage*/checkpoints")) if p.name[5:].isdigit() and int(p.name[5:]) < last]
+        stages, names = [*borders, Path(folder)], {Path(folder): f"stage{last}"} if borders else {}
     else:
-        stages = sorted(p.parent for p in Path(folder).glob("*/checkpoints"))
+        stages = in_order(Path(folder).glob("*/checkpoints"))
         while stages and (before := _before(stages[0])): stages.insert(0, before)
     if not stages: raise AdamError(f"There is no stage with checkpoints in {folder}; name the folder of an arm, or run its first stage.")
     if level is None: level = _finest(load_adam(stages[-1])[1])
     once = lambda *a, **k: lru_cache(maxsize=1)(partial(parts_of_run, *a, **k))
-    in_one_go = len(stages) > 1 and stages[-2].parents[1] == stages[-1]           # the last stage has no folder of its own
-    name = lambda s: f"stage{int(stages[-2].name.removeprefix('stage')) + 1}" if in_one_go and s is stages[-1] else s.name
-    return {"random": once(stages[0], images, level, untrained=True)} | {name(s): once(s, images, level) for s in stages}
+    return {"random": once(stages[0], images, level, untrained=True)} | {names.get(s, s.name): once(s, images, level) for s in stages}
 
 # %% ../../nbs/26d_widgets.banks.ipynb #a0160477
 ANATOMY = ("right_lung", "left_lung", "heart", "right_clavicle", "left_clavicle", "disc", "macula", "vessel")
