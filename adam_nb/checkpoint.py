@@ -23,18 +23,14 @@ def _to_disk(path: Path):
     except OSError: pass        # some network file systems refuse to synchronise a folder; the rename itself still holds
     finally: os.close(handle)
 
-def save_state(
-    path: str | os.PathLike,
-    state: dict,              # tensors, numbers, strings, None, and lists and dictionaries of them
-) -> Path:
-    "Write `state` to `path`, atomically. `AdamError` when the disk refuses; an older file of that name is then untouched."
-    path = Path(path)
+@contextmanager
+def _replacing(path: Path):
+    "A temporary name beside `path`, which takes its place at the end of the block. `AdamError` when the disk refuses; nothing temporary stays."
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "wb") as f:
-            torch.save(state, f)
-            f.flush(); os.fsync(f.fileno())
+        tmp.unlink(missing_ok=True)
+        yield tmp
         os.replace(tmp, path)
         _to_disk(path.parent)
     except (OSError, RuntimeError) as e:        # torch's writer turns a full disk into a RuntimeError
@@ -45,6 +41,16 @@ def save_state(
         raise AdamError(f"The checkpoint {path} could not be written ({' '.join(str(e).split())}); free some space or check the rights, then run the same command again.") from None
     finally:
         with suppress(OSError): tmp.unlink()        # gone where all went well; what stood in the way has been said above
+
+def save_state(
+    path: str | os.PathLike,
+    state: dict,              # tensors, numbers, strings, None, and lists and dictionaries of them
+) -> Path:
+    "Write `state` to `path`, atomically. `AdamError` when the disk refuses; an older file of that name is then untouched."
+    path = Path(path)
+    with _replacing(path) as tmp, open(tmp, "wb") as f:
+        torch.save(state, f)
+        f.flush(); os.fsync(f.fileno())
     return path
 
 # %% ../nbs/13a_checkpoint.ipynb #fa1d3f52
@@ -116,17 +122,9 @@ def second_name(
 ) -> Path:
     "Let a state be found at `other` too: a hard link, or a copy where the file system knows none. `AdamError` when the disk refuses."
     other = Path(other)
-    tmp = other.with_name(f".{other.name}.{os.getpid()}.tmp")
-    try:
-        other.parent.mkdir(parents=True, exist_ok=True)
-        tmp.unlink(missing_ok=True)
+    with _replacing(other) as tmp:
         try: os.link(path, tmp)
         except OSError: shutil.copyfile(path, tmp); _to_disk(tmp)
-        os.replace(tmp, other)
-        _to_disk(other.parent)
-    except OSError as e: raise AdamError(f"The state {other} could not be written ({e.strerror}); free some space or check the rights, then run the same command again.") from None
-    finally:
-        with suppress(OSError): tmp.unlink()        # also where both names were one file already
     return other
 
 # %% ../nbs/13a_checkpoint.ipynb #dcd192c8

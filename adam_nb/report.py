@@ -189,7 +189,10 @@ def _few_table(run: Run) -> str:
     "The paper's Table 1 for this run."
     table = transfer.few_shot_table(run)
     dagger = " † published: another split, other draws and more pretraining; the order of size can be compared, no more." if table.arm.str.startswith("†").any() else ""
-    return _frame(table, f"Structure and labelled films: mean ± standard deviation (%), and the lead of the best over the second best of the same kind.{dagger}")
+    where, tasks = "", table.attrs["tasks"]
+    if len(tasks) == 1:       # one task: its name stands above and not in every column
+        where, table = f" ({tasks[0]})", table.rename(columns=lambda c: c.replace(f", {tasks[0]}: ", ": "))
+    return _frame(table, f"Structure and labelled films{where}: mean ± standard deviation (%), and the lead of the best over the second best of the same kind.{dagger}")
 
 def _ahead(every: list[dict]) -> list[str]:
     "Two sentences from `transfer.standings`: how Adam stands to its best rival (without Adam: who is first), and what the tests say."

@@ -152,7 +152,7 @@ def few_shot_table(run: Run):
     names = [n for n in [arm_name(a) for a in rows] + list(paper) if any(n in c for c in columns.values())]
     columns |= {t: dict.fromkeys(names, "no data") for t in _absent_segmentations(run) if not any(r["task"] == t for k in shots for r in found[k])}
     table = pd.DataFrame([[n, *(c.get(n, "–") for c in columns.values())] for n in names], columns=["arm", *columns])
-    table.attrs["from"] = sorted({path for k in shots for r in found[k] for path in r["sources"]})
+    table.attrs |= {"from": sorted({path for k in shots for r in found[k] for path in r["sources"]}), "tasks": sorted({r["task"] for k in shots for r in found[k]})}
     return table
 
 # %% ../nbs/23d_transfer.ipynb #81f7123d
@@ -161,7 +161,8 @@ def _rows_of(r: dict, arms: list[str]) -> list[dict]:
     t, sign = r["test"], lambda v: f"{v:+.1f}".replace("-", "−")
     row = {"task": f"{_name(r['task'], r['structure'])}: {r['unit']}", "labels": str(r["shots"]), "test films": r["n"]} | {arm_name(a): _cell(r["arms"].get(a)) for a in arms}
     if t: row |= {"difference": f"{arm_name(r['target'])} − {arm_name(r['other'])}: {sign(t['mean'])}" + (f" [{sign(t['low'])}, {sign(t['high'])}]" if np.isfinite(t["low"]) else ""), "Hedges' g": t["g"], "p (Welch, Holm)": r["p_holm"]}
-    row["runs an arm"] = f"{r['arms'][r['target']]['n']} {r['what']}"
+    n = r["arms"][r["target"]]["n"]
+    row["runs an arm"] = f"{n} {r['what'] if n > 1 else r['what'].removesuffix('s')}"
     paper = {arm_name(a): f"{p[0]:.2f}" + (f" ± {p[1]:.2f}" if p[1] is not None else "") for a in arms if (p := published(r["task"], r["structure"], a, r["shots"]))}
     return [row] + ([{"task": f"† {_name(r['task'], r['structure'])}, published", "labels": str(r["shots"])} | paper] if paper else [])
 
