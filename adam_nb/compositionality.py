@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from .config import AdamError
 from .draw import PALETTE
-from .locality import as_features, as_labels, collapsed, patient_interval, unit
+from .locality import as_features, as_labels, collapsed, gains, patient_interval, unit
 from .patches import Job, crops, embed_jobs, keep_in, view_size
 
 # %% ../nbs/20_compositionality.ipynb #a66ac7b9
@@ -204,7 +204,8 @@ def run_compositionality(
     """Compositionality of an encoder on random patches, with rivals and the pixel baseline.
 
     Metrics: those of `compositionality`; `same_place_auc` and `same_film_auc` (share of wholes that are nearer to their own parts than to the
-    rival's, with `_low`, `_high`), `same_place_cosine`, `same_film_cosine` (mean cosine with the rival's parts); all of it again below `pixels` and, with a `control`, `untrained`.
+    rival's, with `_low`, `_high`), `same_place_cosine`, `same_film_cosine` (mean cosine with the rival's parts); all of it again below `pixels` and, with a `control`, `untrained`;
+    `gain/<pixels, untrained>/…`: the encoder's `centred_mean` and AUCs less the control's on the same patches, with `_low`, `_high` of that difference (see `locality.paired_gain`).
     Series: `cosine`, `centred`, `n_parts`, `same_place`, `same_film` (cosines; NaN without a rival), `side` (√area, share of the film's shorter side) and `aspect` (width over height) of the patches, each (N,), and `n` {patches, patients, films}."""
     size, patches = view_size(eve, size), random_patches(records, n_patches, seed, sizes, aspects)
     jobs, owners = compositionality_jobs(records, patches, size, seed)
@@ -213,8 +214,11 @@ def run_compositionality(
     def embedded(encoder, name): return embed_jobs(encoder, records, jobs, batch, keep_in(keep and Path(keep)/name, encoder, records, recipe))
     main, pixels = embedded(eve, "compositionality")
     metrics, scores = _with_rivals(main, owners, group, seed)
-    metrics["pixels"] = _with_rivals(pixels, owners, group, seed)[0]
-    if control is not None: metrics["untrained"] = _with_rivals(embedded(control, "compositionality_untrained")[0], owners, group, seed)[0]
+    controls = {"pixels": _with_rivals(pixels, owners, group, seed)}
+    if control is not None: controls["untrained"] = _with_rivals(embedded(control, "compositionality_untrained")[0], owners, group, seed)
+    said = {"centred_mean": "centred"} | {f"{k}_auc": f"{k}_auc" for k in ("own_vs_other", "same_place", "same_film")}
+    def named(some): return {m: some[k] for m, k in said.items()}
+    metrics |= {k: m for k, (m, _) in controls.items()} | {"gain": gains(named(scores), {k: named(s) for k, (_, s) in controls.items()}, group, seed)}
     shape = np.array([(p.box[2] - p.box[0], p.box[3] - p.box[1]) for p in patches], dtype=float)
     series = {k: np.round(scores[k], 5) for k in ("cosine", "centred", "same_place", "same_film")} | {"n_parts": scores["n_parts"],
               "side": np.round(shape.prod(1)**.5/[min(records[p.film].size) for p in patches], 4), "aspect": np.round(shape[:, 1]/shape[:, 0], 4),
@@ -247,7 +251,7 @@ def _with_rivals(features: np.ndarray, owners: list, group: np.ndarray, seed: in
         has = [i for i, r in enumerate(rows[rival]) if r]
         scores[rival] = np.full(len(group), np.nan)
         if has and np.isfinite(scores["cosine"]).any(): scores[rival][has] = cosine(whole[has], mean_of_parts([features[rows[rival][i]] for i in has]))
-        wins = _wins(scores["cosine"], scores[rival])
+        wins = scores[f"{rival}_auc"] = _wins(scores["cosine"], scores[rival])
         low, high = patient_interval(wins, group, seed)
         metrics |= {f"{rival}_auc": _mean(wins), f"{rival}_auc_low": low, f"{rival}_auc_high": high, f"{rival}_cosine": _mean(scores[rival])}
     return metrics, scores

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WITHIN', 'QUESTIONS', 'Matches', 'correspondence', 'dense_patches', 'find', 'error_percent', 'nearest_cell',
-           'error_score', 'picture_to_text', 'text_to_picture', 'show_correspondence', 'show_example', 'plot_errors']
+           'error_score', 'picture_to_text', 'text_to_picture', 'show_correspondence', 'show_example', 'plot_errors',
+           'plot_landmark_errors']
 
 # %% ../nbs/21_correspondence.ipynb #d5470447
 import base64, io
@@ -70,7 +71,7 @@ def dense_patches(
     eve,                            # an Eve, or a callable images -> (B, D)
     image: np.ndarray,              # float32 (H, W) or (H, W, 3) in [0, 1]
     grid: tuple[int, int] = (16, 16),
-    width: float = 0.22,            # side of a patch as a share of the image's width
+    width: float = 0.21875,         # side of a patch as a share of the image's width
     size: int | None = None,        # input side of the encoder; default its own
     batch: int = 64,
 ) -> np.ndarray:
@@ -79,16 +80,31 @@ def dense_patches(
     return embed_all(eve, patches, batch).reshape(*grid, -1)
 
 # %% ../nbs/21_correspondence.ipynb #ea8732df
-def find(query: np.ndarray, dense: np.ndarray) -> np.ndarray:
-    "(L, 2) x/width, y/height of the cell of `dense` (R, C, D) that is most similar (cosine) to each query (L, D)."
-    return correspondence(np.asarray(query)[None], dense, None).points()[1]
+def find(
+    query: np.ndarray,      # (L, D)
+    dense: np.ndarray,      # (R, C, D)
+    refine: bool = True,    # look between the cells; False: the centre of the best one
+) -> np.ndarray:
+    "(L, 2) x/width, y/height of the place of `dense` that is most similar (cosine) to each query: the best cell, moved along each axis by at most half a cell to the top of the parabola through it and its two neighbours. At the film's edge, where one is missing, it stays."
+    (q, _), (d, (rows, columns)) = _grid(np.asarray(query)[None], "query"), _grid(dense, "dense")
+    if q.shape[1] != d.shape[1]: raise AdamError(f"The query has dimension {q.shape[1]}, the grid {d.shape[1]}; embed both with one encoder.")
+    sim = unit(q) @ unit(d).T
+    i, best = np.arange(len(q)), sim.argmax(1)
+    at = np.stack([best % columns, best//columns], 1)
+    moved = np.zeros(at.shape)
+    for axis, (step, n) in enumerate(((1, columns), (columns, rows))) if refine else ():
+        k = i[(at[:, axis] > 0) & (at[:, axis] < n - 1)]
+        before, top, after = (sim[k, best[k] + s] for s in (-step, 0, step))
+        bend = before - 2*top + after                                            # never above 0: the middle one is the best
+        moved[k, axis] = np.divide(before - after, 2*bend, out=np.zeros(len(k)), where=bend < 0)
+    return (at + 0.5 + moved)/[columns, rows]
 
 def error_percent(guess: np.ndarray, truth: np.ndarray, height: int, width: int) -> np.ndarray:
     "(M,) distance of relative points (x/width, y/height) in percent of the film's width."
     return np.linalg.norm((np.asarray(guess) - truth)*[1, height/width], axis=1)*100
 
 def nearest_cell(truth: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    "(M, 2) the centre of the cell that holds each relative point: the best that a grid allows."
+    "(M, 2) the centre of the cell that holds each relative point: the best that whole cells allow."
     k = np.array(grid[::-1])
     return (np.clip(np.floor(np.asarray(truth)*k), 0, k - 1) + 0.5)/k
 
@@ -167,11 +183,31 @@ def plot_errors(
     if question not in series["error_quantiles"]: raise AdamError(f"This result has no errors for '{question}'; it has {', '.join(series['error_quantiles'])}.")
     fig = Figure(figsize=(5.6, 3.6), layout="constrained") if ax is None else ax.figure
     ax = fig.subplots() if ax is None else ax
-    names = {"embedding": "embedding", "same_place": "same coordinates", "pixels": "pixels", "floor": "limit of the grid"}
+    names = {"embedding": "embedding", "same_place": "same coordinates", "pixels": "pixels", "floor": "limit of whole cells"}
     for i, (k, q) in enumerate(series["error_quantiles"][question].items()):
         ax.plot(q, np.linspace(0, 1, len(q)), color=LINES[i], linestyle=("-", "--", "-.", ":")[i], marker=MARKERS[i], markevery=20, markersize=4, label=names[k])
     n = series["n"][{"warp": "cells", "elastic": "elastic_cells", "example": "example_landmarks"}.get(question, "landmarks")]
     what = QUESTIONS[question]
     ax.set(xlabel="error (% of the film's width)", ylabel="share of places", xlim=(0, 40), ylim=(0, 1), title=f"{title + ', ' if title else ''}{what}, n = {n}")
     ax.title.set_fontsize(9); ax.legend(fontsize=8, frameon=False, loc="lower right")
+    return fig
+
+def plot_landmark_errors(
+    series: dict,                       # of `run_correspondence`
+    question: str = "example",          # or "transfer"
+    title: str | None = None,
+) -> Figure:
+    "The median error of each landmark with its 95 % interval over patients, and hollow those of the same coordinates and of pixels."
+    found = series.get({"transfer": "per_landmark", "example": "per_landmark_example"}.get(question))
+    if not found: raise AdamError(f"This result has no errors of single landmarks for '{question}'.")
+    fig = Figure(figsize=(6.4, 1.4 + 0.32*len(found)), layout="constrained")
+    ax = fig.subplots()
+    for i, (label, key, up) in enumerate((("embedding", None, 0), ("same coordinates", "same_place", 0.2), ("pixels", "pixels", -0.2))):
+        v = np.array([[(m[key] if key else m).get(k) for k in ("median_error", "median_error_low", "median_error_high")] for m in found.values()], dtype=float)
+        y = np.arange(len(v)) + up
+        ax.hlines(y, v[:, 1], v[:, 2], color=LINES[i], alpha=0.6, linewidth=1.5)
+        ax.plot(v[:, 0], y, linestyle="none", marker=MARKERS[i], color=LINES[i], markerfacecolor="none" if key else LINES[i], label=label)
+    ax.set_yticks(range(len(found)), [f"{name.replace('_', ' ')} (n = {m['n']})" for name, m in found.items()])
+    ax.set(xlabel="median error (% of the film's width)", xlim=(0, None), ylim=(len(found) - 0.4, -0.6), title=f"{title + ', ' if title else ''}{QUESTIONS[question]}")
+    ax.title.set_fontsize(9); ax.legend(fontsize=8, frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.16))
     return fig

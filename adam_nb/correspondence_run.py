@@ -107,12 +107,12 @@ def _masks(views: _Views, partner: list[int], names: Sequence[str], seed: int) -
     return mask_scores(dice, patient, seed), mask_gains(dice, patient, seed)
 
 # %% ../nbs/21c_correspondence_run.ipynb #4bf93e54
-def _per_landmark(rows: list) -> dict:
-    "The errors of each landmark: embedding and same coordinates."
-    names = np.concatenate([n for *_, n in rows])
-    every = {k: np.concatenate([a[k] for a, *_ in rows]) for k in ("", "_same_place")}
-    return {str(n): {f"median_error{k}": float(np.median(e[names == n])) for k, e in every.items()} |
-                    {f"within_{p}": float((every[""][names == n] <= p).mean()) for p in WITHIN} | {"n": int((names == n).sum())} for n in np.unique(names)}
+def _per_landmark(rows: list, seed: int) -> dict:
+    "The errors of each landmark, as `error_score`, with `same_place` and `pixels` below it, and n."
+    names, who = np.concatenate([n for *_, n in rows]), np.concatenate([[patient]*len(n) for _, patient, n in rows])
+    every = {k: np.concatenate([a[f"_{k}" if k else k] for a, *_ in rows]) for k in ("", "same_place", "pixels")}
+    def of(k, some): return error_score(every[k][some], who[some], seed)
+    return {str(n): of("", names == n) | {k: of(k, names == n) for k in ("same_place", "pixels")} | {"n": int((names == n).sum())} for n in np.unique(names)}
 
 def _gain(mine: np.ndarray, control: np.ndarray, who: np.ndarray, seed: int) -> dict:
     "The numbers of `error_score` of the embedding's errors (M,) less those of a control's, each with `_low`, `_high` of the difference."
@@ -134,7 +134,7 @@ def _report(errors: dict, matched: dict, seed: int) -> tuple[dict, dict]:
                 x = np.concatenate([m[k][j] for m in matched[question]])
                 metrics[question + k] |= {f"{name}_share": float(x.mean()), f"{name}_median_error": float(np.median(e[x])) if x.any() else None}
     for question, name in (("transfer", "per_landmark"), ("example", "per_landmark_example")):
-        if errors[question]: series[name] = _per_landmark(errors[question])
+        if errors[question]: series[name] = _per_landmark(errors[question], seed)
     return metrics | {"gain": gain}, series
 
 # %% ../nbs/21c_correspondence_run.ipynb #e1842213
@@ -163,7 +163,7 @@ def run_correspondence(
     records: Sequence,                  # films of patients that pretraining has not seen, two patients at least; landmarks and masks are optional
     seed: int = 0,
     grid: tuple[int, int] = (16, 16),
-    width: float = 0.22,                # side of a patch as a share of the film's width
+    width: float = 0.21875,             # side of a patch as a share of the film's width
     size: int | None = None,            # input side of the encoder; default its own
     threshold: float = 0.8,
     contrast: float = 0.2,              # contrast and brightness of the warped views change by up to ± this
@@ -179,7 +179,7 @@ def run_correspondence(
     Metrics, nested: each question, also with `_same_place`, `_pixels`, `_floor` and, with a `control`, `_untrained`: `median_error` (% of the width), `within_2`, `within_5`, `within_10` (PCK),
     with `_low`, `_high`; `warp` and `elastic` add `matched_share` (of cells with cosine >= threshold), `mutual_share` and their errors; `masks`: see `carried.mask_scores`;
     `gain/<same_place, pixels, untrained>/<question or masks>/…`: the embedding's number less the control's, with `_low`, `_high` of that difference (see `locality.paired_gain`); `collapsed`, and nothing else, when every patch has the same vector.
-    Series: `error_quantiles` {question: {answer: (201,)}} at the levels 0, 0.005 … 1; `per_landmark`, `per_landmark_example`; `examples` (see `show_example`); `found`; `n`."""
+    Series: `error_quantiles` {question: {answer: (201,)}} at the levels 0, 0.005 … 1; `per_landmark` (of `transfer`) and `per_landmark_example` {landmark: {median_error, within_2 …, with `_low`, `_high`, again below `same_place` and `pixels`, n}}; `examples` (see `show_example`); `found`; `n`."""
     if len(records) < 2: raise AdamError("Correspondence needs films of at least two patients.")
     size, partner, grid = view_size(eve, size), partners(records, seed), tuple(int(g) for g in grid)
     views = _Views(records, seed, grid, width, size, contrast)

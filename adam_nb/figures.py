@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from .ablations import ablation, headlines, pruned_structures, question_name
 from .config import AdamError, tqdm
 from .marks import BLUE, GREY, INK, PAPER, STYLE, VERMILION, arm_style, columns_in, dot, from_run, legend_below, name_rows, new_panels, note, number, smooth, spread
-from .probe_figures import compositionality_densities, correspondence_errors, correspondence_pictures, landmark_maps, level_curves, locality_numbers, one_example, scale_matrices
+from .probe_figures import compositionality_densities, correspondence_errors, correspondence_pictures, landmark_maps, level_curves, landmark_errors, locality_numbers, one_example, scale_matrices
 from .published import FEW_SHOT, question
 from .results import write_json
 from .runs import Missing, Run, arm_name, arms_of, chain_folders, curve, probe_prefix, read_run, seeds_of, waiting
@@ -312,6 +312,7 @@ FIGURES = {  # name -> (title, function, kind of result that it is drawn from; "
     "matches_warp": ("Matches between a film and its warped view", functools.partial(correspondence_pictures, kind="warp"), "correspondence"),
     "matches": ("Matches between two patients", functools.partial(correspondence_pictures, kind="patients"), "correspondence"),
     "example": ("One annotated film", one_example, "correspondence"),
+    "landmark_errors": ("Landmark by landmark", landmark_errors, "correspondence"),
     "differences": ("Differences between arms", arm_differences, ""),
     "ablation": ("Every arm in every headline number", ablation, ""),
 }

@@ -260,7 +260,7 @@ def run_locality(
     eve,                            # an Eve, or a callable images -> (B, D)
     records: Sequence,              # records with landmarks, of patients that pretraining has not seen
     seed: int = 0,
-    width: float = 0.22,            # side of a patch as a share of the film's width
+    width: float = 0.21875,         # side of a patch as a share of the film's width
     size: int | None = None,        # input side of the encoder; default its own
     jitter: float = 0.25,           # see `landmark_patches`
     perplexity: float = 30.0,

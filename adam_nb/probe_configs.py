@@ -28,7 +28,7 @@ class ProbeConfig:
     n_images: int | None = 100                  # films for locality and compositionality, one a patient first; null: all (paper: 1,000)
     n_correspondence: int | None = 20           # films for correspondence, which embeds two grids for each
     # patches
-    patch_width: float = 0.22                   # side of a patch around a landmark or a cell, share of the film's width (paper: 224 of 1,024 pixels)
+    patch_width: float = 0.21875                # side of a patch around a landmark or a cell, share of the film's width (paper: 224 of 1,024 pixels)
     view_size: int | None = None                # pixels that the encoder sees; null: what it was trained with
     scales: tuple[float, ...] = WIDTHS          # locality's boxes across scales, shares of the film's width; empty: left out
     jitter: float = 0.25                        # locality's moved patches: by up to this share of a side, scale e^±this, rotation 60°·this

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['landmark_maps', 'locality_numbers', 'kernel_density', 'compositionality_densities', 'correspondence_errors',
-           'correspondence_pictures', 'scale_matrices', 'level_curves', 'one_example']
+           'correspondence_pictures', 'scale_matrices', 'level_curves', 'one_example', 'landmark_errors']
 
 # %% ../nbs/23c_probe_figures.ipynb #378499a6
 import base64, io, math
@@ -163,7 +163,7 @@ def compositionality_densities(run, used, prefix: str | None = None) -> Figure:
 # %% ../nbs/23c_probe_figures.ipynb #f8542660
 _QUESTIONS = {"warp": "a film in its own warped view", "elastic": "a film in its own deformed view", "transfer": "landmarks in another patient", "transfer_warped": "landmarks in another patient, warped", "example": "landmarks of one example in all films"}
 _COUNTS = {"warp": "cells", "elastic": "elastic_cells", "example": "example_landmarks"}
-_BASELINES = {"_same_place": "same coordinates", "_pixels": "raw pixels", "_floor": "limit of the grid"}
+_BASELINES = {"_same_place": "same coordinates", "_pixels": "raw pixels", "_floor": "limit of whole cells"}
 
 @from_run
 def correspondence_errors(run, used, prefix: str | None = None) -> Figure:
@@ -312,4 +312,35 @@ def one_example(run, used, prefix: str | None = None, films: int = 2) -> Figure:
         for ax in row[1 + len(f["targets"]):]: ax.set_axis_off()
     note(fig, gone)
     legend_below(fig, fig.axes[0], columns=5)
+    return fig
+
+# %% ../nbs/23c_probe_figures.ipynb #b7d0c2e9
+@from_run
+def landmark_errors(run, used, prefix: str | None = None) -> Figure:
+    "Median error of each landmark, found in another patient and from one annotated film: a mark for each arm (mean over its pretraining seeds), and grey bars for the same coordinates."
+    standing, gone = _standing(run, "correspondence", prefix)
+    asked = {"per_landmark_example": "from one annotated film", "per_landmark": "from another patient"}
+    found = {k: r for k, r in standing.items() if any(r["series"].get(q) for q in asked)}
+    arms = [a for a in arms_of(run) if any(k[0] == a for k in found)]
+    if not arms: raise Missing(f"No errors of single landmarks. {waiting(run, 'probes')}")
+    used += found.values()
+    asked = {q: text for q, text in asked.items() if any(r["series"].get(q) for r in found.values())}
+    every = {n for r in found.values() for q in asked for n in r["series"].get(q) or {}}
+    names = [*(n for n in LANDMARKS if n in every), *sorted(every - set(LANDMARKS))]
+    fig, axes = new_panels(len(asked), columns=2, width=5.6, height=1.8 + 0.42*len(names), sharey=True)
+    for ax, (q, text) in zip(axes, asked.items()):
+        counts = []
+        for y, name in enumerate(names):
+            of = {a: [m[name] for (b, _), r in sorted(found.items()) if b == a and name in (m := r["series"].get(q) or {})] for a in arms}
+            for place in [m["same_place"]["median_error"] for some in of.values() for m in some][:1]: ax.barh(y, place, height=0.74, color=GREY, alpha=0.3, linewidth=0)
+            for dy, a in zip(spread(len(arms), 0.56), arms):
+                if of[a]: dot(ax, float(np.mean([m["median_error"] for m in of[a]])), np.nan, np.nan, y + dy, *arm_style(a, arms), size=7)
+            counts += [m["n"] for some in of.values() for m in some]
+        ax.set_title(f"{text}, n = {min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "") + " a landmark", fontsize=12, fontweight="normal")
+        ax.set(xlabel="median error (% of the width)", xlim=(0, None))
+        name_rows(ax, [n.replace("_", " ") for n in names])
+    for a in arms: axes[0].plot([], [], linestyle="none", marker=arm_style(a, arms)[1], color=arm_style(a, arms)[0], label=arm_name(a) + (f" ({_seeds(found, a)} seeds)" if _seeds(found, a) > 1 else ""))
+    axes[0].barh([0], [0], color=GREY, alpha=0.3, label="same coordinates")
+    note(fig, gone)
+    legend_below(fig, axes[0], columns=4)
     return fig

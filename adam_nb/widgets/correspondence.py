@@ -28,7 +28,7 @@ class Searchable:
         image: np.ndarray,                     # (H, W) or (H, W, 3), uint8 or float in [0, 1]
         encoder,                               # an Eve, a callable images -> (B, D), or None: pixels
         grid: tuple[int, int] = (16, 16),      # rows, columns
-        width: float = 0.22,                   # side of a patch as a share of the film's width
+        width: float = 0.21875,                # side of a patch as a share of the film's width
         size: int | None = None,               # input side of the encoder; default its own
         panel: int = 440,                      # longest side on the screen, pixels
     ):
@@ -124,7 +124,7 @@ class CorrespondenceExplorer(Explorer):
         a: int = 0, b: int | str = 1,
         point: tuple[float, float] | None = None,
         grid: tuple[int, int] = (16, 16),      # rows and columns, at most 64 columns
-        width: float = 0.22,                   # side of a patch as a share of the film's width
+        width: float = 0.21875,                # side of a patch as a share of the film's width
         size: int | None = None,               # input side of the encoder; default its own
         patients: int = 10,                    # films in the strip
         panel: int = 440,                      # longest side of a film on the screen, pixels

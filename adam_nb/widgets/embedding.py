@@ -47,7 +47,7 @@ def _joined(rows: list, films: Films, panels: dict) -> Points:
 
 def landmark_points(
     records,                # with `landmarks`
-    width: float = 0.22,    # side of a patch as a share of the film's width
+    width: float = 0.21875, # side of a patch as a share of the film's width
     size: int = 64,         # side of the patches in pixels: the encoder's input
 ) -> Points:
     "A patch around each landmark of each record. `AdamError` when there is none."
