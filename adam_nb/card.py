@@ -184,7 +184,7 @@ def dense_rows(
 def _dense_html(d: dict) -> str:
     if "why" in d: return f"<h2>One forward pass for a whole film</h2><p>{html.escape(d['why'])}</p>"
     rows = "".join(f"<tr><td>{text}</td><td class=\"n\">{_number(d[k])}</td><td class=\"n\">{_number(d.get('inner_' + k))}</td></tr>" for k, text in DENSE)
-    return (f"<h2>One forward pass for a whole film</h2><p>A map of {d['grid'][0]} × {d['grid'][1]} cells costs {d['map_forwards']:.1f} bare forward passes of the same input, embedding each patch by itself {d['patch_forwards']:.1f}. The two are not the same: the convolutions of a map see past the edge of a cell, and at the film's edge zeros. The probes above embed patches.</p>"
+    return (f"<h2>One forward pass for a whole film</h2><p>A map of {d['grid'][0]} × {d['grid'][1]} cells costs {d['map_forwards']:.1f} bare forward passes of the same input, embedding each patch by itself {d['patch_forwards']:.1f}. The two are not the same: a cell of a map sees past its own edge, and at the film's edge padding. The probes above embed patches.</p>"
             f"<table><tr><th>map against patches, n = {d['films']} films</th><th class=\"n\">all cells</th><th class=\"n\">without the outermost</th></tr>{rows}</table>")
 
 def card_html(card: dict, results: dict[str, dict]) -> str:

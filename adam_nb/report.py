@@ -272,7 +272,7 @@ def _matches(run: Run, album: Album) -> str:
             base = next(iter(base.values()))
             below = [arm_name(a) for a, v in error.items() if v < base]
             said.append(f"Simply taking the same coordinates errs by {base:.1f} % of the width; better than that: {', '.join(below) or 'no arm'}.")
-    return _says(*said) + _figures(run, "correspondence", "matches_warp", "matches", "example")
+    return _says(*said) + _figures(run, "correspondence", "matches_warp", "matches", "example", "landmark_errors")
 
 def _differences(run: Run, album: Album) -> str:
     both = figures.comparisons(run)
