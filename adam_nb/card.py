@@ -200,7 +200,9 @@ def card_html(card: dict, results: dict[str, dict]) -> str:
         head = "".join(f"<th class=\"n\">{c}</th>" for c in ("this encoder", *CONTROLS))
         body += f"<div class=\"wide\"><table><tr><th>question</th>{head}<th>against the best of them</th></tr>" + "".join(
             f"<tr><td>{html.escape(x['text'])}</td><td class=\"n\">{_number(x['value'], x['low'], x['high'])}</td>" + "".join(f"<td class=\"n\">{_number(*x['controls'].get(c, [None]))}</td>" for c in CONTROLS) + f"<td>{x['verdict']}{'' if x['best'] not in x['gains'] else '<br><small>gain</small> ' + _number(*x['gains'][x['best']], '+')}</td></tr>" for x in rows) + "</table></div>"
-        body += f"<p><small>n: {', '.join(f'{v} {k}' for k, v in r['n'].items() if not isinstance(v, dict))}. Intervals: 95 %, over patients.{' Gain: this encoder less the best control, on the same patches; the verdict rests on it.' if any(x['gains'] for x in rows) else ''}</small></p>"
+        c = card["config"]
+        cut = f" Patches: √area {c['patch_sizes'][0]:g} to {c['patch_sizes'][1]:g} of the film's shorter side, width over height {c['patch_aspects'][0]:g} to {c['patch_aspects'][1]:g}, in two columns, three rows or 2 × 2; seed {c['seed']}." if probe == "compositionality" else f" Patches: {c['patch_width']:.3g} of the film's width; seed {c['seed']}."
+        body += f"<p><small>n: {', '.join(f'{v} {k}' for k, v in r['n'].items() if not isinstance(v, dict))}.{cut} Intervals: 95 %, over patients.{' Gain: this encoder less the best control, on the same patches; the verdict rests on it.' if any(x['gains'] for x in rows) else ''}</small></p>"
         body += "".join(_picture(t, f) for t, f in card_figures({probe: r}).items())
     if card.get("dense"): body += _dense_html(card["dense"])
     return _page(f"Probe card: {card['name']}", body)

@@ -149,7 +149,8 @@ def compositionality_densities(run, used, prefix: str | None = None) -> Figure:
     pixels = first[arms[0]]["metrics"].get("pixels") or {}
     _rivals(right, pixels, len(arms), GREY, "|")
     name_rows(left, labels + [f"raw pixels\n{_mean_sd(pixels)}"])
-    left.set_xlabel("cosine of the whole with the mean of its parts")
+    ends = {k: (min(v), max(v)) for k in ("side", "aspect") if (v := first[arms[0]]["series"].get(k))}
+    left.set_xlabel("cosine of the whole with the mean of its parts" + ("\npatches of {:.0f} to {:.0f} % of the film's shorter side (√area)".format(*(100*e for e in ends["side"])) + ", width over height {:.2f} to {:.2f}".format(*ends["aspect"]) if len(ends) == 2 else ""))
     n = first[arms[0]]["series"].get("n", first[arms[0]]["n"])
     left.set_title(f"Density, n = {n.get('patches', '?')} patches of {n.get('patients', '?')} patients"); right.set_title("Own parts nearer than foreign ones")
     left.plot([], [], color=INK, linestyle=":", label="density of foreign parts, same place")
