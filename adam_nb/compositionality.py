@@ -216,7 +216,7 @@ def run_compositionality(
     metrics, scores = _with_rivals(main, owners, group, seed)
     controls = {"pixels": _with_rivals(pixels, owners, group, seed)}
     if control is not None: controls["untrained"] = _with_rivals(embedded(control, "compositionality_untrained")[0], owners, group, seed)
-    said = {"centred_mean": "centred"} | {f"{k}_auc": f"{k}_auc" for k in ("own_vs_other", "same_place", "same_film")}
+    said = {"centred_mean": "centred"} | {f"{k}_auc": f"{k}_auc" for k in ("own_vs_other", "centred", "same_place", "same_film")}
     def named(some): return {m: some[k] for m, k in said.items()}
     metrics |= {k: m for k, (m, _) in controls.items()} | {"gain": gains(named(scores), {k: named(s) for k, (_, s) in controls.items()}, group, seed)}
     shape = np.array([(p.box[2] - p.box[0], p.box[3] - p.box[1]) for p in patches], dtype=float)

@@ -95,8 +95,8 @@ def find(
     for axis, (step, n) in enumerate(((1, columns), (columns, rows))) if refine else ():
         k = i[(at[:, axis] > 0) & (at[:, axis] < n - 1)]
         before, top, after = (sim[k, best[k] + s] for s in (-step, 0, step))
-        bend = before - 2*top + after                                            # never above 0: the middle one is the best
-        moved[k, axis] = np.divide(before - after, 2*bend, out=np.zeros(len(k)), where=bend < 0)
+        left, right = top - before, top - after                                  # never below 0: the middle one is the best
+        moved[k, axis] = np.divide(left - right, 2*(left + right), out=np.zeros(len(k)), where=left + right > 1e-9)      # below that, what rounding leaves of equal cosines
     return (at + 0.5 + moved)/[columns, rows]
 
 def error_percent(guess: np.ndarray, truth: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -200,14 +200,14 @@ def plot_landmark_errors(
     "The median error of each landmark with its 95 % interval over patients, and hollow those of the same coordinates and of pixels."
     found = series.get({"transfer": "per_landmark", "example": "per_landmark_example"}.get(question))
     if not found: raise AdamError(f"This result has no errors of single landmarks for '{question}'.")
-    fig = Figure(figsize=(6.4, 1.4 + 0.32*len(found)), layout="constrained")
+    fig = Figure(figsize=(6.4, 1.6 + 0.32*len(found)), layout="constrained")
     ax = fig.subplots()
     for i, (label, key, up) in enumerate((("embedding", None, 0), ("same coordinates", "same_place", 0.2), ("pixels", "pixels", -0.2))):
-        v = np.array([[(m[key] if key else m).get(k) for k in ("median_error", "median_error_low", "median_error_high")] for m in found.values()], dtype=float)
+        v = np.array([[(m.get(key) or {} if key else m).get(k) for k in ("median_error", "median_error_low", "median_error_high")] for m in found.values()], dtype=float)
         y = np.arange(len(v)) + up
         ax.hlines(y, v[:, 1], v[:, 2], color=LINES[i], alpha=0.6, linewidth=1.5)
         ax.plot(v[:, 0], y, linestyle="none", marker=MARKERS[i], color=LINES[i], markerfacecolor="none" if key else LINES[i], label=label)
-    ax.set_yticks(range(len(found)), [f"{name.replace('_', ' ')} (n = {m['n']})" for name, m in found.items()])
+    ax.set_yticks(range(len(found)), [f"{name.replace('_', ' ')} (n = {m['n']} searches)" for name, m in found.items()])
     ax.set(xlabel="median error (% of the film's width)", xlim=(0, None), ylim=(len(found) - 0.4, -0.6), title=f"{title + ', ' if title else ''}{QUESTIONS[question]}")
-    ax.title.set_fontsize(9); ax.legend(fontsize=8, frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.16))
+    ax.title.set_fontsize(9); fig.legend(fontsize=8, frameon=False, ncols=3, loc="outside lower center")
     return fig

@@ -318,7 +318,7 @@ def one_example(run, used, prefix: str | None = None, films: int = 2) -> Figure:
 # %% ../nbs/23c_probe_figures.ipynb #b7d0c2e9
 @from_run
 def landmark_errors(run, used, prefix: str | None = None) -> Figure:
-    "Median error of each landmark, found in another patient and from one annotated film: a mark for each arm (mean over its pretraining seeds), and grey bars for the same coordinates."
+    "Median error of each landmark, found in another patient and from one annotated film: a mark for each arm (one pretraining seed with its 95 % interval over patients, or the mean over several), and grey bars for the same coordinates."
     standing, gone = _standing(run, "correspondence", prefix)
     asked = {"per_landmark_example": "from one annotated film", "per_landmark": "from another patient"}
     found = {k: r for k, r in standing.items() if any(r["series"].get(q) for q in asked)}
@@ -333,11 +333,11 @@ def landmark_errors(run, used, prefix: str | None = None) -> Figure:
         counts = []
         for y, name in enumerate(names):
             of = {a: [m[name] for (b, _), r in sorted(found.items()) if b == a and name in (m := r["series"].get(q) or {})] for a in arms}
-            for place in [m["same_place"]["median_error"] for some in of.values() for m in some][:1]: ax.barh(y, place, height=0.74, color=GREY, alpha=0.3, linewidth=0)
+            for place in [m["same_place"]["median_error"] for some in of.values() for m in some if m.get("same_place")][:1]: ax.barh(y, place, height=0.74, color=GREY, alpha=0.3, linewidth=0)
             for dy, a in zip(spread(len(arms), 0.56), arms):
-                if of[a]: dot(ax, float(np.mean([m["median_error"] for m in of[a]])), np.nan, np.nan, y + dy, *arm_style(a, arms), size=7)
+                if of[a]: dot(ax, *(number(of[a][0], "median_error") if len(of[a]) == 1 else (float(np.mean([m["median_error"] for m in of[a]])), np.nan, np.nan)), y + dy, *arm_style(a, arms), size=7)
             counts += [m["n"] for some in of.values() for m in some]
-        ax.set_title(f"{text}, n = {min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "") + " a landmark", fontsize=12, fontweight="normal")
+        ax.set_title(f"{text}, n = {min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "") + " searches a landmark", fontsize=12, fontweight="normal")
         ax.set(xlabel="median error (% of the width)", xlim=(0, None))
         name_rows(ax, [n.replace("_", " ") for n in names])
     for a in arms: axes[0].plot([], [], linestyle="none", marker=arm_style(a, arms)[1], color=arm_style(a, arms)[0], label=arm_name(a) + (f" ({_seeds(found, a)} seeds)" if _seeds(found, a) > 1 else ""))

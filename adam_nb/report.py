@@ -190,7 +190,7 @@ def _few_table(run: Run) -> str:
     table = transfer.few_shot_table(run)
     dagger = " † published: another split, other draws and more pretraining; the order of size can be compared, no more." if table.arm.str.startswith("†").any() else ""
     where, tasks = "", table.attrs["tasks"]
-    if len(tasks) == 1:       # one task: its name stands above and not in every column
+    if len(tasks) == 1 and all(": " in c for c in table.columns[1:]):       # one task: its name stands above and not in every column
         where, table = f" ({tasks[0]})", table.rename(columns=lambda c: c.replace(f", {tasks[0]}: ", ": "))
     return _frame(table, f"Structure and labelled films{where}: mean ± standard deviation (%), and the lead of the best over the second best of the same kind.{dagger}")
 
