@@ -337,7 +337,7 @@ def landmark_errors(run, used, prefix: str | None = None) -> Figure:
             for dy, a in zip(spread(len(arms), 0.56), arms):
                 if of[a]: dot(ax, *(number(of[a][0], "median_error") if len(of[a]) == 1 else (float(np.mean([m["median_error"] for m in of[a]])), np.nan, np.nan)), y + dy, *arm_style(a, arms), size=7)
             counts += [m["n"] for some in of.values() for m in some]
-        ax.set_title(f"{text}, n = {min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "") + " searches a landmark", fontsize=12, fontweight="normal")
+        ax.set_title(f"{text}\nn = {min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "") + " searches a landmark", fontsize=12, fontweight="normal")
         ax.set(xlabel="median error (% of the width)", xlim=(0, None))
         name_rows(ax, [n.replace("_", " ") for n in names])
     for a in arms: axes[0].plot([], [], linestyle="none", marker=arm_style(a, arms)[1], color=arm_style(a, arms)[0], label=arm_name(a) + (f" ({_seeds(found, a)} seeds)" if _seeds(found, a) > 1 else ""))
