@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from .ablations import ablation, headlines, pruned_structures, question_name
 from .config import AdamError, tqdm
-from .marks import BLUE, GREY, INK, PAPER, STYLE, VERMILION, arm_style, columns_in, dot, from_run, legend_below, name_rows, new_panels, note, number, smooth, spread
+from .marks import GREY, INK, PAPER, PUBLISHED_STYLE, STYLE, arm_style, columns_in, dot, from_run, legend_below, name_rows, new_panels, note, number, smooth, spread
 from .probe_figures import compositionality_densities, correspondence_errors, correspondence_pictures, landmark_maps, level_curves, landmark_errors, locality_numbers, one_example, scale_matrices
 from .published import FEW_SHOT, question
 from .results import write_json
@@ -139,8 +139,6 @@ def pruning_curves(run, used) -> Figure:
     return fig
 
 # %% ../nbs/24_figures.ipynb #5afb72db
-_PUBLISHED_STYLE = {"moco_v2": (BLUE, "s"), "DenseCL": (GREY, "^"), "DiRA": (GREY, "v"), "adam": (VERMILION, "D")}
-
 def few_shot_points(run: Run, metric: str = "dice_image") -> list[dict]:
     "Every segmentation that was fine-tuned on so many films, or on all (not on a share), as arm, seed, task, channel, shots, draw, value (0–1), n (test films), path, data; sorted by task, channel and shots."
     rows = [{"arm": r["arm"], "seed": r["seeds"].get("pretrain_seed") or 0, "task": r.get("task") or r["config"].get("task", "?"), "channel": channel, "shots": one["shots"],
@@ -163,7 +161,7 @@ def few_shot(run, used, metric: str = "dice_image") -> Figure:
         shots = list(dict.fromkeys(p["shots"] for p in mine))
         for arm, dx in zip(arms, spread(len(arms), 0.6)): _shots(ax, [p for p in mine if p["arm"] == arm], shots, dx, arm, *arm_style(arm, arms))
         if old := FEW_SHOT.get(question(task, channel)):
-            for name, (colour, marker) in _PUBLISHED_STYLE.items():
+            for name, (colour, marker) in PUBLISHED_STYLE.items():
                 at = [(i + 0.45, old[name][k]) for i, k in enumerate(shots) if k in old[name]]
                 if at: ax.plot(*zip(*at), linestyle="none", marker=marker, markersize=9, color=colour, markerfacecolor="none", markeredgewidth=1.7, label=f"published {arm_name(name)}")
         ax.set_xticks(range(len(shots)), [str(k) for k in shots])

@@ -13,7 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .draw import PALETTE, Drawing
-from .marks import BLUE, GREEN, GREY, INK, ORANGE, PAPER, PURPLE, SKY, VERMILION, arm_style, dot, from_run, legend_below, name_rows, new_panels, note, number, spread
+from .marks import BLUE, GREEN, GREY, INK, ORANGE, PAPER, PUBLISHED_STYLE, PURPLE, SKY, VERMILION, arm_style, dot, from_run, legend_below, name_rows, new_panels, note, number, spread
+from .published import METHODS, densities
 from .runs import LANDMARKS, Missing, arm_name, arms_of, probe_results, waiting
 
 # %% ../nbs/23c_probe_figures.ipynb #5d0c7e02
@@ -116,6 +117,13 @@ _RIVALS = {"own_vs_other_auc": "against any other patient", "same_place_auc": "s
 
 def _mean_sd(metrics: dict) -> str: return f"{number(metrics, 'cosine_mean')[0]:.3f} ± {number(metrics, 'cosine_std')[0]:.3f}"
 
+def _paper_peak(ax, method: str, published: tuple, base: float, height):
+    "The paper's mode and peak as a hollow mark above `base`, on a stem."
+    mode, peak, _ = published
+    colour, marker = PUBLISHED_STYLE[method]
+    ax.plot([mode, mode], [base, base - height(peak)], color=colour, linewidth=1, linestyle="--")
+    ax.plot([mode], [base - height(peak)], linestyle="none", marker=marker, color=colour, markersize=9, markerfacecolor="none", markeredgewidth=1.7, label=f"published {METHODS[method]}")
+
 def _rivals(ax, metrics: dict, y: float, colour: str, marker: str, scale: float = 1.0):
     "The AUCs of own against foreign parts, one below the other: large filled, hollow, small filled."
     for dy, name, hollow, size in zip((-0.28, 0.0, 0.28), _RIVALS, (False, True, False), (9, 8, 5)): dot(ax, *number(metrics, name), y + dy, colour, marker, hollow, scale * size + 4 * (marker == "|"))
@@ -123,41 +131,48 @@ def _rivals(ax, metrics: dict, y: float, colour: str, marker: str, scale: float 
 # %% ../nbs/23c_probe_figures.ipynb #9bd0b6e1
 @from_run
 def compositionality_densities(run, used, prefix: str | None = None) -> Figure:
-    "Density of cos(whole, mean of its parts) for each arm with the control of foreign parts, and the AUC of own against foreign parts with 95 % intervals over patients."
+    """Density of cos(whole, mean of its parts) for each arm with the control of foreign parts, all on one scale of height, and the AUC of own against foreign parts with 95 % intervals over patients.
+    Hollow, on real chest films: mode and peak that the paper has drawn (Fig. 4.2); what is higher than its row is cut off."""
     standing, gone = _standing(run, "compositionality", prefix)
     found = {k: r for k, r in standing.items() if r["series"].get("cosine")}
     arms = [a for a in arms_of(run) if any(k[0] == a for k in found)]
     if not arms: raise Missing(f"No compositionality. {waiting(run, 'probes')}")
     used += found.values()
     first = {a: next(r for (b, _), r in sorted(found.items()) if b == a) for a in arms}
-    fig = Drawing(figsize=(13.5, 1.9 + 0.85 * (len(arms) + 1)), layout="constrained")
+    paper = densities(first[arms[0]]["data"].get("name", ""))
+    others = [m for m in paper if m not in arms]
+    fig = Drawing(figsize=(13.5, 1.9 + 0.95 * (len(arms) + 1 + bool(others))), layout="constrained")
     left, right = fig.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     everything = np.array([v for r in first.values() for v in r["series"]["cosine"] + (r["series"].get("same_place") or []) if v is not None])
-    grid = np.linspace(max(-1, np.quantile(everything, 0.002) - 0.05), 1, 500)
-    labels = []
+    grid = np.linspace(max(-1, min([np.quantile(everything, 0.002) - 0.05, *(mode - 0.1 for mode, *_ in paper.values())])), 1, 800)
+    peaks = {a: max(kernel_density(r["series"]["cosine"], grid).max(), kernel_density(r["series"].get("same_place") or [], grid).max()) for a, r in first.items()}
+    top = max([*([v for a, v in peaks.items() if a != "random"] or peaks.values()), *(peak for _, peak, _ in paper.values()), 1e-9])
+    height = lambda density: 0.78*np.minimum(density/top, 1.1)           # of a row
+    labels, cut = [], False
     for i, arm in enumerate(arms):
         colour, marker = arm_style(arm, arms)
         s, m = first[arm]["series"], first[arm]["metrics"]
         own, foreign = kernel_density(s["cosine"], grid), kernel_density(s.get("same_place") or [], grid)
-        top = max(own.max(), foreign.max(), 1e-9) / 0.78
-        left.fill_between(grid, i + 0.3 - own / top, i + 0.3, color=colour, alpha=0.55, linewidth=0)
-        left.plot(grid, i + 0.3 - own / top, color=colour, linewidth=1.6)
-        if foreign.any(): left.plot(grid, i + 0.3 - foreign / top, color=INK, linestyle=":", linewidth=1.5)
-        labels.append(f"{arm_name(arm)}\n{_mean_sd(m)}, peak {own.max():.0f}")
+        left.fill_between(grid, i + 0.3 - height(own), i + 0.3, color=colour, alpha=0.55, linewidth=0)
+        left.plot(grid, i + 0.3 - height(own), color=colour, linewidth=1.6)
+        if foreign.any(): left.plot(grid, i + 0.3 - height(foreign), color=INK, linestyle=":", linewidth=1.5)
+        if arm in paper: _paper_peak(left, arm, paper[arm], i + 0.3, height)
+        labels.append(f"{arm_name(arm)}\n{_mean_sd(m)}, peak {own.max():.0f}" + (", cut off" if own.max() > 1.1*top else ""))
         mine = [r["metrics"] for (a, _), r in sorted(found.items()) if a == arm]
         for dy, metrics in zip(spread(len(mine), 0.18), mine): _rivals(right, metrics, i + dy, colour, marker, 1.0 if len(mine) == 1 else 0.6)
     pixels = first[arms[0]]["metrics"].get("pixels") or {}
     _rivals(right, pixels, len(arms), GREY, "|")
-    name_rows(left, labels + [f"raw pixels\n{_mean_sd(pixels)}"])
+    for m in others: _paper_peak(left, m, paper[m], len(arms) + 1.3, height)
+    name_rows(left, labels + [f"raw pixels\n{_mean_sd(pixels)}"] + ["published,\nother methods"]*bool(others))
     ends = {k: (min(v), max(v)) for k in ("side", "aspect") if (v := first[arms[0]]["series"].get(k))}
     left.set_xlabel("cosine of the whole with the mean of its parts" + ("\npatches of {:.0f} to {:.0f} % of the film's shorter side (√area)".format(*(100*e for e in ends["side"])) + ", width over height {:.2f} to {:.2f}".format(*ends["aspect"]) if len(ends) == 2 else ""))
     n = first[arms[0]]["series"].get("n", first[arms[0]]["n"])
-    left.set_title(f"Density, n = {n.get('patches', '?')} patches of {n.get('patients', '?')} patients"); right.set_title("Own parts nearer than foreign ones")
+    left.set_title(f"Density (a row's height: {top:.{int(top < 10)}f}), n = {n.get('patches', '?')} patches of {n.get('patients', '?')} patients", fontsize=12); right.set_title("Own parts nearer than foreign ones")
     left.plot([], [], color=INK, linestyle=":", label="density of foreign parts, same place")
     right.axvline(0.5, color=INK, linestyle=":", linewidth=1.4)
     right.set(xlabel="AUC (0.5 = no relation)", xlim=(min(0.45, right.get_xlim()[0]), 1.02))
     for row, label in zip((0, 1, 2), _RIVALS.values()): right.plot([], [], linestyle="none", marker="o", color=INK, markersize=(9, 8, 5)[row], markerfacecolor=INK if row != 1 else "none", label=label)
-    note(fig, gone)
+    note(fig, "; ".join(filter(None, [gone, "hollow: mode and peak in paper Fig. 4.2, there of ChestX-ray14" if paper else ""])))
     legend_below(fig, left, right, columns=4)
     return fig
 
