@@ -19,12 +19,13 @@ from .published import ablated, headline
 from .runs import Missing, Run, arm_name, arms_of, curve, pretraining, probe_results, seeds_of, waiting
 
 # %% ../nbs/23e_ablations.ipynb #32912257
-HEADLINES = [  # kind, pattern of the metric, words, unit, +1 if larger is better; numbers in % are stored as shares
+HEADLINES = [  # kind, pattern of the metric, words, unit, +1 if larger is better (0: neither; it is high for any features that are alike); numbers in % are stored as shares
     ("segment", r"(?P<what>[^/]+)/dice_image", "Dice, {what}, {shot} films", "%", 1), ("classify", r"(?P<what>[^/]+)/auroc_mean", "AUROC, {what}", "%", 1),
     ("segment", r"(?P<what>[^/]+)/dice_pooled", "Dice over pixels, {what}, {shot} films", "%", 1), ("segment", r"(?P<what>[^/]+)/iou_pooled", "IoU over pixels, {what}, {shot} films", "%", 1),    # where the published number is pooled
     ("locality", r"silhouette", "landmark silhouette", "−1 … 1", 1), ("locality", r"jittered/silhouette", "silhouette, moved patches", "−1 … 1", 1), ("locality", r"knn1", "landmark 1-NN", "%", 1),
     ("locality", r"jittered/knn1", "landmark 1-NN, moved patches", "%", 1), ("locality", r"scales/knn1_across", "landmark 1-NN across scales", "%", 1), ("locality", r"linear_probe", "landmark linear probe", "%", 1),
-    ("compositionality", r"own_vs_other_auc", "own-parts AUC", "0.5 … 1", 1), ("compositionality", r"same_place_auc", "own-parts AUC, same place", "0.5 … 1", 1),
+    ("compositionality", r"cosine_mean", "cosine with own parts, as published", "−1 … 1", 0), ("compositionality", r"centred_mean", "centred cosine with own parts", "−1 … 1", 1),
+    ("compositionality", r"own_vs_other_auc", "own-parts AUC", "0.5 … 1", 1), ("compositionality", r"same_place_auc", "own-parts AUC, same place", "0.5 … 1", 1), ("compositionality", r"same_film_auc", "own-parts AUC, same film", "0.5 … 1", 1),
     ("correspondence", r"transfer/median_error", "landmark error", "% of the width", -1), ("correspondence", r"warp/median_error", "warped-view error", "% of the width", -1), ("correspondence", r"elastic/median_error", "deformed-view error", "% of the width", -1),
     ("correspondence", r"transfer/within_5", "landmarks within 5 % of the width", "%", 1), ("correspondence", r"masks/mean/dice", "Dice of carried masks", "%", 1),
 ]
@@ -32,7 +33,7 @@ HEADLINES = [  # kind, pattern of the metric, words, unit, +1 if larger is bette
 def _is_headline(task: str, metric: str) -> bool: return metric.split("/")[-1] == headline(task)
 
 def headlines(frame):
-    "The headline numbers in a table of `compare.collect`, one by one: (its rows, metric, label, unit, factor to the unit, +1 if larger is better)."
+    "The headline numbers in a table of `compare.collect`, one by one: (its rows, metric, label, unit, factor to the unit, +1, −1 or 0 if larger, smaller or neither is better)."
     for kind, pattern, words, unit, better in HEADLINES:
         some = frame[(frame.kind == kind) & frame.metric.str.fullmatch(pattern).astype(bool) & frame.value.notna()]
         if pattern.endswith("_pooled"): some = some[np.array([_is_headline(t, m) for t, m in zip(some.task, some.metric)], dtype=bool)]

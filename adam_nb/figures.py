@@ -234,7 +234,7 @@ def comparisons(
     run: Run,
     target: str | None = None,     # the arm that the others are set against; default adam, else the last trained one
 ) -> list[dict]:
-    "Paired differences target − other of the headline numbers: what `compare.paired_difference` returns, plus label, factor (to the label's unit), better (+1 or −1), other, target, sources."
+    "Paired differences target − other of the headline numbers: what `compare.paired_difference` returns, plus label, factor (to the label's unit), better (+1, −1; 0: neither), other, target, sources."
     from adam_nb.compare import Unpaired, paired_difference
     if not any(r["kind"] != "pretrain" for r in run.results): return []
     frame, out = numbers(run), []
@@ -271,7 +271,7 @@ def arm_differences(run, used, target: str | None = None) -> Figure:
         ax.locator_params(axis="x", nbins=6)
         same = sum(label == key[1] for _, label in panels) > 1     # one number on several data sets
         ax.set_title(key[1].split(" (")[0] + (f", {key[0]}" if same else ""), fontsize=12)
-        ax.set_xlabel(f"difference ({key[1].split(' (')[1]}" + (", left is better" if c["better"] < 0 else ", right is better"))
+        ax.set_xlabel(f"difference ({key[1].split(' (')[1]}" + {1: ", right is better", -1: ", left is better", 0: ""}[c["better"]])
         name_rows(ax, [arm_name(a) for a in others])
     n = sorted({c["n_seeds"] for c in every})
     note(fig, f"{arm_name(every[0]['target'])} − the arm named; n = {'–'.join(map(str, n[::len(n) - 1] if len(n) > 1 else n))} pretraining seeds, 95 % intervals")

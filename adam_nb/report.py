@@ -275,7 +275,7 @@ def _matches(run: Run, album: Album) -> str:
     return _says(*said) + _figures(run, "correspondence", "matches_warp", "matches", "example", "landmark_errors")
 
 def _differences(run: Run, album: Album) -> str:
-    both = figures.comparisons(run)
+    both = [c for c in figures.comparisons(run) if c["better"]]        # a number of which neither side is better speaks for nobody
     every, said = [c for c in both if c["n_seeds"] > 1], []
     if every:
         clear = [c for c in every if c["low"] > 0 or c["high"] < 0]

@@ -229,7 +229,7 @@ def _invented_downstream(write, arm: str, a: int, seed: int, data: str, rng):
     centre, width = (0.99, 0.004) if arm == "random" else (0.82 + 0.03 * a, 0.06)
     draw = lambda shift: np.clip(rng.normal(centre - shift * width, width, 300), -1, 1)
     auc = {k: v for name, value in (("own_vs_other_auc", 0.8 + 0.04 * a), ("same_place_auc", 0.6 + 0.04 * a), ("same_film_auc", 0.75 + 0.04 * a)) for k, v in both(value)(name).items()}
-    write("probe_compositionality.json", "compositionality", arm, seed, {"cosine_mean": centre, "cosine_std": width, "pixels": {"cosine_mean": 0.4, "cosine_std": 0.2} | auc} | auc,
+    write("probe_compositionality.json", "compositionality", arm, seed, {"cosine_mean": centre, "cosine_std": width, "centred_mean": 0.2 + 0.05 * a, "pixels": {"cosine_mean": 0.4, "cosine_std": 0.2} | auc} | auc,
           {"cosine": draw(0), "same_place": draw(1), "same_film": draw(1.5), "n": {"patches": 300, "patients": 40, "films": 40}}, n={"patches": 300, "patients": 40, "films": 40})
     error = lambda v: {"median_error": v, "median_error_low": v - 1, "median_error_high": v + 1, "within_5": 0.8 - v / 30, "within_5_low": 0.75 - v / 30, "within_5_high": 0.85 - v / 30}
     metrics = {q + k: error(v + extra) for q, extra in (("warp", 0), ("transfer", 1), ("transfer_warped", 3)) for k, v in (("", 9 - 1.2 * a), ("_same_place", 6 + 4 * (q != "transfer")), ("_pixels", 10), ("_floor", 1.5))}
