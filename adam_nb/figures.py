@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from .ablations import ablation, headlines, pruned_structures, question_name
 from .config import AdamError, tqdm
 from .marks import GREY, INK, PAPER, PUBLISHED_STYLE, STYLE, arm_style, columns_in, dot, from_run, legend_below, name_rows, new_panels, note, number, smooth, spread
+from .paper_figures import carried_masks, pck
 from .probe_figures import compositionality_densities, correspondence_errors, correspondence_pictures, landmark_maps, level_curves, landmark_errors, locality_numbers, one_example, scale_matrices
 from .published import FEW_SHOT, question
 from .results import write_json
@@ -307,7 +308,10 @@ FIGURES = {  # name -> (title, function, kind of result that it is drawn from; "
     "compositionality": ("Compositionality", compositionality_densities, "compositionality"),
     "levels": ("Parts of parts", level_curves, "compositionality"),
     "correspondence": ("Correspondence errors", correspondence_errors, "correspondence"),
+    "pck": ("Places found", pck, "correspondence"),
+    "carried_masks": ("Masks carried to another patient", carried_masks, "correspondence"),
     "matches_warp": ("Matches between a film and its warped view", functools.partial(correspondence_pictures, kind="warp"), "correspondence"),
+    "matches_elastic": ("Matches between a film and its deformed view", functools.partial(correspondence_pictures, kind="elastic"), "correspondence"),
     "matches": ("Matches between two patients", functools.partial(correspondence_pictures, kind="patients"), "correspondence"),
     "example": ("One annotated film", one_example, "correspondence"),
     "landmark_errors": ("Landmark by landmark", landmark_errors, "correspondence"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import ablations, figures, marks, probe_figures, published, transfer
+from . import ablations, figures, marks, paper_figures, probe_figures, published, transfer
 from .config import digest, tqdm
 from .figures import Planned, few_shot_points, figure_plan, numbers
 from .page import Album, Raw, cell_html, escape, gap, inline_svg, page_html, table_html
@@ -21,7 +21,7 @@ from .runs import Missing, Run, arm_name, arms_of, curve, inside, pretraining, p
 # %% ../nbs/25_report.ipynb #24a50450
 def _svg(run: Run, p: Planned) -> str:
     "A planned figure as a figure element, from the run's `figures/.inline` where that is up to date; the sentence of `Missing` in its place."
-    files = [run.folder/r["_path"] for r in run.results if p.kind in ("", r["kind"])] + [run.folder/"plan.json"] + [Path(m.__file__) for m in (ablations, figures, marks, probe_figures, published, transfer)]
+    files = [run.folder/r["_path"] for r in run.results if p.kind in ("", r["kind"])] + [run.folder/"plan.json"] + [Path(m.__file__) for m in (ablations, figures, marks, paper_figures, probe_figures, published, transfer)]
     if p.kind == "pretrain": files += sorted(run.folder.glob("*/*/*/log.jsonl"))
     key = digest([p.name, p.title, *((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files if f.is_file())])
     kept = run.folder/"figures"/".inline"/f"{p.name}.html"
@@ -272,7 +272,7 @@ def _matches(run: Run, album: Album) -> str:
             base = next(iter(base.values()))
             below = [arm_name(a) for a, v in error.items() if v < base]
             said.append(f"Simply taking the same coordinates errs by {base:.1f} % of the width; better than that: {', '.join(below) or 'no arm'}.")
-    return _says(*said) + _figures(run, "correspondence", "matches_warp", "matches", "example", "landmark_errors")
+    return _says(*said) + _figures(run, "correspondence", "pck", "carried_masks", "matches_warp", "matches_elastic", "matches", "example", "landmark_errors")
 
 def _differences(run: Run, album: Album) -> str:
     both = [c for c in figures.comparisons(run) if c["better"]]        # a number of which neither side is better speaks for nobody

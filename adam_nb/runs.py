@@ -231,12 +231,13 @@ def _invented_downstream(write, arm: str, a: int, seed: int, data: str, rng):
     auc = {k: v for name, value in (("own_vs_other_auc", 0.8 + 0.04 * a), ("same_place_auc", 0.6 + 0.04 * a), ("same_film_auc", 0.75 + 0.04 * a)) for k, v in both(value)(name).items()}
     write("probe_compositionality.json", "compositionality", arm, seed, {"cosine_mean": centre, "cosine_std": width, "centred_mean": 0.2 + 0.05 * a, "pixels": {"cosine_mean": 0.4, "cosine_std": 0.2} | auc} | auc,
           {"cosine": draw(0), "same_place": draw(1), "same_film": draw(1.5), "n": {"patches": 300, "patients": 40, "films": 40}}, n={"patches": 300, "patients": 40, "films": 40})
-    error = lambda v: {"median_error": v, "median_error_low": v - 1, "median_error_high": v + 1, "within_5": 0.8 - v / 30, "within_5_low": 0.75 - v / 30, "within_5_high": 0.85 - v / 30}
+    error = lambda v: {"median_error": v, "median_error_low": v - 1, "median_error_high": v + 1} | {k: x for w, share in ((2, 0.5 - v / 30), (5, 0.8 - v / 30), (10, 0.98 - v / 50)) for k, x in both(share, 0.05)(f"within_{w}").items()}
     metrics = {q + k: error(v + extra) for q, extra in (("warp", 0), ("transfer", 1), ("transfer_warped", 3)) for k, v in (("", 9 - 1.2 * a), ("_same_place", 6 + 4 * (q != "transfer")), ("_pixels", 10), ("_floor", 1.5))}
+    metrics["masks"] = {name: {k: x for way, v in (("", base + 0.08 * a), ("_same_place", base + 0.05), ("_pixels", base - 0.1), ("_floor", 0.93)) for k, x in both(v)(f"dice{way}").items()} | ({} if name == "mean" else {"n": 20}) for name, base in (("heart", 0.6), ("left_lung", 0.66), ("mean", 0.63))}
     cells = [(i, j) for i in range(2, 14, 2) for j in range(2, 14, 3)]
     write("probe_correspondence.json", "correspondence", arm, seed, metrics, {"n": {"films": 20, "patients": 20, "cells": 4000, "landmarks": 200}, "examples": [
         {"kind": kind, "patient_a": "p1", "patient_b": "p2", "image_a": _invented_picture(0), "image_b": _invented_picture(1), "matches": [(i, j, min(i + 1, 15), j) for i, j in cells], "similarity": [0.9] * len(cells),
-         "mutual": [bool(i % 4) for i, _ in cells], "grid_a": (16, 16), "grid_b": (16, 16), "threshold": 0.8} for kind in ("warp", "patients")]}, n={"films": 20, "patients": 20, "cells": 4000, "landmarks": 200})
+         "mutual": [bool(i % 4) for i, _ in cells], "grid_a": (16, 16), "grid_b": (16, 16), "threshold": 0.8} for kind in ("warp", "elastic", "patients")]}, n={"films": 20, "patients": 20, "cells": 4000, "landmarks": 200})
 
 def _invented_pruning(write, arm: str, a: int, seed: int, data: str):
     "What the pruner of one invented arm removes."
