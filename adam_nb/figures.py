@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from .ablations import ablation, headlines, pruned_structures, question_name
 from .config import AdamError, tqdm
 from .marks import GREY, INK, PAPER, PUBLISHED_STYLE, STYLE, arm_style, columns_in, dot, from_run, legend_below, name_rows, new_panels, note, number, smooth, spread
-from .paper_figures import carried_masks, pck
+from .paper_figures import carried_masks, granularity, paper_map, pck, pruner_bars
 from .probe_figures import compositionality_densities, correspondence_errors, correspondence_pictures, landmark_maps, level_curves, landmark_errors, locality_numbers, one_example, scale_matrices
 from .published import FEW_SHOT, question
 from .results import write_json
@@ -315,6 +315,8 @@ FIGURES = {  # name -> (title, function, kind of result that it is drawn from; "
     "matches": ("Matches between two patients", functools.partial(correspondence_pictures, kind="patients"), "correspondence"),
     "example": ("One annotated film", one_example, "correspondence"),
     "landmark_errors": ("Landmark by landmark", landmark_errors, "correspondence"),
+    "granularity": ("The finest level", granularity, ""),
+    "pruner_bars": ("Without and with the pruner", pruner_bars, ""),
     "differences": ("Differences between arms", arm_differences, ""),
     "ablation": ("Every arm in every headline number", ablation, ""),
 }
@@ -366,7 +368,8 @@ def make_figures(
     progress: bool = True,         # a bar over the figures
 ) -> dict:
     """Draw all figures that a run's results allow into `out` (SVG, PDF, PNG), and its tables into `out`/tables, and write `figures.json`: {"figures": {name: {title, svg, pdf, png, from}},
-    "tables": {name: {title, csv, md, from}}, "missing": {name, or tables/name: why}, "problems": {file: why it could not be read}}, which is returned."""
+    "tables": {name: {title, csv, md, from}}, "missing": {name, or tables/name: why}, "paper": {number of the paper's figure or table: what shows it, or why nothing does} (`paper_map`),
+    "problems": {file: why it could not be read}}, which is returned."""
     run = read_run(folder)
     out = Path(out or run.folder/"figures")
     out.mkdir(parents=True, exist_ok=True)
@@ -382,5 +385,6 @@ def make_figures(
         made["figures"][p.name] = {"title": p.title, **{k: f"{p.name}.{k}" for k in formats}, "from": fig.sources}
     made["tables"], absent = make_tables(run, out)
     made["missing"] |= absent
+    made["paper"] = paper_map(run, made)
     write_json(out/"figures.json", made)
     return made

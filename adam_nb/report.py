@@ -286,7 +286,7 @@ def _differences(run: Run, album: Album) -> str:
         ahead = sum(c["better"] * c["mean"] > 0 for c in both)
         said = ["No two arms share more than one finished pretraining seed" + (" yet" if len(seeds_of(run)) > 1 else "") + ", so a difference between them has no interval: another seed might turn it round.",
                 f"With that one, {arm_name(both[0]['target'])} is ahead in {ahead} of {len(both)} comparisons of a headline number with another arm."]
-    return _says(*said) + _figures(run, "differences", "ablation")
+    return _says(*said) + _figures(run, "differences", "granularity", "pruner_bars", "ablation")
 
 # %% ../nbs/25_report.ipynb #a6167e58
 def _numbers(run: Run, album: Album) -> str:

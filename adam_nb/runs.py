@@ -271,7 +271,7 @@ def invented_run(
     for seed in seeds:
         home = next((a for a in arms if a != "random"), None)     # under whom the shared first stage lies
         for a, arm in enumerate(arms):
-            stages, before = levels.get(arm, [0, 2, 4]), None
+            stages, before = levels.get(arm) or (list(range(int(arm[8:]) + 1)) if arm.startswith("n_up_to_") else [0, 2, 4]), None
             for k in range(0 if arm == "random" else len(stages)):
                 shared = k == 0 and len(stages) > 1
                 out = f"{home if shared else arm}/seed{seed}/stage{k}"

@@ -43,6 +43,7 @@ def _name(task: str, structure: str) -> str: return f"{structure.replace('_', ' 
 def standings(
     run: Run,
     shots=None,                 # labelled films; None: all labels, else the most that were given
+    only=None,                  # arms that count; None: all
 ) -> list[dict]:
     """A question each: task, structure, shots, unit, n (test films), arms {arm: mean, sd (NaN with one run), n, runs}, what (of what n counts), target, other,
     test (`significance.welch`, target − other; None with one arm), p_holm, sources."""
@@ -52,7 +53,7 @@ def standings(
         given = {p["shots"] for p in mine}
         want = shots if shots is not None else "all" if "all" in given else max(given, key=lambda k: max(p["trained"] for p in mine if p["shots"] == k))
         mine = [p for p in mine if p["shots"] == want]
-        arms = [a for a in arms_of(run) if any(p["arm"] == a for p in mine)]
+        arms = [a for a in arms_of(run) if (only is None or a in only) and any(p["arm"] == a for p in mine)]
         if not arms: continue
         runs: list[Runs] = [{(p["seed"], p["draw"]): p["value"] for p in mine if p["arm"] == a} for a in arms]
         values, what = units(*runs)

@@ -90,6 +90,8 @@ def test_a_node_by_hand(first, tmp_path):
     assert done.returncode == 0 and (tmp_path/"out/encoder.safetensors").is_file(), done.stderr[-2000:]
     done = papermill("figures.ipynb", tmp_path/"figures.ipynb", "-p", "folder", f"outputs/{NAME}", "-p", "out", str(tmp_path/"figures"), cwd=ROOT/"nbs/run")
     assert done.returncode == 0 and list((tmp_path/"figures").glob("*.svg")), done.stderr[-2000:]
+    said = "".join(t for c in json.loads((tmp_path/"figures.ipynb").read_text())["cells"] for o in c.get("outputs", []) for t in o.get("text", []))
+    for line in ("2, what is cut, level by level: decomposition\n", "4.2, compositionality: compositionality\n", "5.3, with and without the pruner: ", "Table 1, few-shot segmentation: tables/few_shot"): assert line in said, line      # which shows what of the paper
     with pytest.raises(AdamError, match="'bank_size'"): check_parameters(ROOT/"nbs/run/pretrain.ipynb", {"bank_sise": 3})
 
 
