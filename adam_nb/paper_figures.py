@@ -116,7 +116,8 @@ def _labelled(r: dict) -> str: return f"{'all labels' if r['shots'] == 'all' els
 def _counted(every: list[dict]) -> str:
     "Over what a standard deviation is, and how many there are."
     n = sorted({v["n"] for r in every for v in r["arms"].values()})
-    return f"{' or '.join(dict.fromkeys(r['what'] for r in every))}, n = {'–'.join(map(str, n[::max(1, len(n) - 1)]))}"
+    what = list(dict.fromkeys(r["what"] for r in every))
+    return f"{' or '.join(what)}, n = {'–'.join(map(str, n[::max(1, len(n) - 1)]))}" + ("; one encoder per arm" if what == ["draws"] else "")
 
 # %% ../nbs/23f_paper_figures.ipynb #f23a0015
 @from_run

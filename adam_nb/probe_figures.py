@@ -218,7 +218,7 @@ def _cell(row: int, column: int, grid, image: np.ndarray) -> tuple[float, float]
 @from_run
 def correspondence_pictures(run, used, prefix: str | None = None, kind: str = "patients", lines: int = 20) -> Figure:
     """Cells of the first pair of films of each arm, joined where both are most like each other, evenly chosen where they are many.
-    The pair: two patients (`kind` "patients") or a film and its own warped view ("warp"). `lines`: at most so many are drawn."""
+    The pair: two patients (`kind` "patients") or a film and its own view, turned and scaled ("warp") or deformed ("elastic"). `lines`: at most so many are drawn."""
     found, (standing, gone) = {}, standing_results(run, "correspondence", prefix)
     for (arm, _), r in sorted(standing.items(), key=lambda i: -i[0][1]):
         example = next((e for e in r["series"].get("examples") or [] if e["kind"] == kind), None)
