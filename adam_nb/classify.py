@@ -24,11 +24,11 @@ from .augment import centre
 from .config import AdamError, to_dict
 from .device import pick_device, pick_precision, thread_count
 from .export import save_supervised
-from .finetune import Arrays, fit, load_arrays, mean_and_std, predict, seeded, start_encoder, thin
+from .finetune import Arrays, fit, load_arrays, mean_and_std, named_random, predict, seeded, start_encoder, thin
 from .memory import keep_memory
 from .metrics import auprc, auroc, label_intervals
 from .predictions import code_of, finished_run, predictions_folder, run_key, save_run, save_truth
-from .protocols import Monitor, augmentation, check_input, filled, limited, no_data, parts_of, step_counts
+from .protocols import Monitor, augmentation, check_input, filled, limited, no_data, parts_of, put_aside, step_counts
 from .results import result
 from .task_configs import ClassifyConfig
 from .tasks import few_shot, label_fraction, task
@@ -186,10 +186,10 @@ def mean_metrics(runs: list[dict]) -> dict[str, float]:
             for name, v in flat.items(): values.setdefault(f"{question}/{name}", []).append(number(v))
     return mean_and_std(values)
 
-def _drawn(patients, draw_seed: int, fraction: float | None, shot: int | None = None) -> tuple[np.ndarray, str, str]:
+def _drawn(patients, draw_seed: int, fraction: float | None, shot: int | None = None, aside=()) -> tuple[np.ndarray, str, str]:
     "(numbers of the drawn films, the draw in a file's name, what follows the method in a question's name)."
-    if shot is not None: return few_shot(patients, shot, draw_seed), f"shots{shot}", f"@{shot}films"
-    return label_fraction(patients, fraction, draw_seed), f"share{fraction:g}", "" if fraction == 1 else f"@{fraction:g}"
+    if shot is not None: return few_shot(patients, shot, draw_seed, aside), f"shots{shot}", f"@{shot}films"
+    return label_fraction(patients, fraction, draw_seed, aside), f"share{fraction:g}", "" if fraction == 1 else f"@{fraction:g}"
 
 _CODE = ("augment", "classify", "finetune", "metrics", "model", "predictions", "protocols", "tasks")
 
@@ -220,10 +220,12 @@ def run_classify(
     cache=None,                      # folder for decoded films
     out=None,                        # the result's path: scores and encoders go beside it, and finished runs are found there
     progress: bool = True,
+    untrained: bool = False,         # random weights are meant, although `arm` is not "random"
 ) -> dict:
-    "All methods, fractions, shots and draws for one encoder; a result (kind `classify`) with one entry in `runs` for each. It is not written. Without the data: see `if_missing`."
+    "All methods, fractions, shots and draws for one encoder; a result (kind `classify`) with one entry in `runs` for each. It is not written. Without the data: see `if_missing`. `AdamError` for random weights under another arm's name."
     t0, (job, config) = time.perf_counter(), _check(config)
     if (noted := no_data(job, config, arm, pretrain_seed)) is not None: return noted
+    named_random(encoder, arm, untrained)
     with thread_count(config.threads):
         start, about = start_encoder(encoder, backbone or "resnet18", in_channels or 1, pretrain_seed)
         check_input(start, config.size)
@@ -237,7 +239,7 @@ def run_classify(
         runs, frozen = [], _Frozen(start, config)
         for given in [{"fraction": f} for f in config.fractions] + [{"fraction": None, "shot": k} for k in config.shots]:
             for s in config.draw_seeds:
-                index, name, of = _drawn(train.patients, s, **given)
+                index, name, of = _drawn(train.patients, s, **given, aside=put_aside(held))
                 for method in config.methods:
                     label = f"{method}_{name}_draw{s}"
                     key = run_key(**facts, method=method, draw_seed=s, films=pool[index].fingerprint())
@@ -245,7 +247,7 @@ def run_classify(
                     if entry and entry["model"] and not (Path(out).parent/entry["model"]).is_file(): entry = None
                     if entry is None:
                         entry, scores, model = _one_run(method, config, start, frozen, train, test, val, index, s, progress)
-                        entry |= {"method": method, **given, "draw_seed": s, "metrics": {method + of: entry["metrics"]}, "model": None}
+                        entry |= {"method": method, **given, "draw_seed": s, "metrics": {method + of: entry["metrics"]}, "model": None, "train_paths": [train.paths[i] for i in index] if len(index) <= 64 else []}
                         if "shot" in given: entry["n"]["train_positives"] = dict(zip(train.names, (train.targets[index] == 1).sum(0).tolist()))
                         if folder:
                             if model is not None and config.keep_models:

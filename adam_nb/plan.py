@@ -206,7 +206,7 @@ def _on_labels(preset: str, folder: str, arm: str, seed: int, images: PrepareCon
     v = values | {"data_root": images.data_root, "data_options": images.data_options, **updates, "batch_size": recipe.batch_size} | said | {"methods": ["finetune"], "fractions": [1.0], "shots": [], "draw_seeds": [0], "seed": seed, "keep_models": True}
     out = f"{folder}/{arm}/seed{seed}/checkpoints/labels.json"      # among the checkpoints: it is this arm's pretraining, not a result beside the others'
     node = Node(f"classify.{arm}.seed{seed}.labels", "classify", to_dict(build(CONFIGS["classify"], v, f"arm {arm} of preset {preset}")),
-                {"arm": arm, "encoder": None, "pretrain_seed": seed, "backbone": recipe.backbone, "in_channels": recipe.in_channels, "films": f"{folder}/films", "out": out}, [prepared], out, folder)
+                {"arm": arm, "encoder": None, "untrained": True, "pretrain_seed": seed, "backbone": recipe.backbone, "in_channels": recipe.in_channels, "films": f"{folder}/films", "out": out}, [prepared], out, folder)
     return node, out.replace(".json", "_finetune_share1_draw0_encoder.safetensors")
 
 def plan(
@@ -246,7 +246,7 @@ def plan(
                 chain, last = _chain(folder, recipe, arm, images.cache or f"{folder}/cache", prepared, shared)
                 nodes += chain
                 ready, encoder = [f"{last}/pretrain.json"], f"{last}/encoder.safetensors"
-            start = {"arm": arm, "encoder": encoder, "pretrain_seed": seed, "backbone": recipe.backbone, "in_channels": recipe.in_channels}
+            start = {"arm": arm, "encoder": encoder, "untrained": encoder is None, "pretrain_seed": seed, "backbone": recipe.backbone, "in_channels": recipe.in_channels}
             for kind in ("segment", "classify"):
                 for task, extra in getattr(preset, kind).items():
                     v = filled(kind, {**values.get(kind, {}), **extra, "task": task} | ({"if_missing": "note"} if task in absent else {}), f"{kind} task {task}")

@@ -21,11 +21,11 @@ from torch import nn
 from .config import AdamError, to_dict
 from .device import pick_device, pick_precision, thread_count
 from .draw import colour, new_figure
-from .finetune import Arrays, fit, load_arrays, mean_and_std, predict, seeded, start_encoder, thin, to_square
+from .finetune import Arrays, fit, load_arrays, mean_and_std, named_random, predict, seeded, start_encoder, thin, to_square
 from .metrics import counts, dice_of, overlap_scores
 from .model import BACKBONES, Encoder, create_encoder, match_channels, timm_options
 from .predictions import code_of, finished_run, mask_counts, predictions_folder, run_key, save_run, save_truth
-from .protocols import Monitor, augmentation, filled, limited, no_data, parts_of, step_counts
+from .protocols import Monitor, augmentation, filled, limited, no_data, parts_of, put_aside, step_counts
 from .results import result
 from .small_maps import quick_on_small_maps
 from .task_configs import SegmentConfig
@@ -144,10 +144,13 @@ def truth_counts(test: Arrays) -> dict[str, dict[str, int]]:
     return {name: {"images": len(films), "empty": int((table[:, 0] == 0).sum())} for name, (table, films) in zip(test.names, tables)}
 
 # %% ../nbs/18_segment.ipynb #ad51e232
+def _marked(part: Arrays) -> bool:
+    "Whether any known pixel of any mask is set."
+    return bool((part.targets if part.valid is None else part.targets & part.valid).any())
+
 def _training_part(part: Arrays, job):
     "`AdamError` when nothing can be learned from it: every mask empty, or nothing known."
-    counted = part.targets if part.valid is None else part.targets & part.valid
-    if not counted.any(): raise AdamError(f"Task {job.name}: all masks of the {len(part)} training films are empty, such as {part.paths[0]}; check the masks' files, or draw more films.")
+    if not _marked(part): raise AdamError(f"Task {job.name}: all masks of the {len(part)} training films are empty, such as {part.paths[0]}; check the masks' files, or draw more films.")
     return part
 
 def finetune_segmenter(
@@ -239,11 +242,11 @@ def segment_image(
     return {name: p[c] > 0.5 for c, name in enumerate(model.names)}
 
 # %% ../nbs/18_segment.ipynb #814565ee
-def _drawn(pool, config):
+def _drawn(pool, config, aside=()):
     "The drawn films of each (shots, fraction, draw_seed), as numbers within the pool."
     patients = [r.patient for r in pool]
-    draws = {(k, None, s): np.arange(len(pool)) if k == "all" else few_shot(patients, k, s) for k in config.shots for s in config.draw_seeds}
-    return draws | {("all", f, s): label_fraction(patients, f, s) for f in config.fractions for s in config.draw_seeds}
+    draws = {(k, None, s): np.arange(len(pool)) if k == "all" else few_shot(patients, k, s, aside) for k in config.shots for s in config.draw_seeds}
+    return draws | {("all", f, s): label_fraction(patients, f, s, aside) for f in config.fractions for s in config.draw_seeds}
 
 def mean_metrics(runs: list[dict]) -> dict[str, float]:
     "Means over draws as flat names, `heart/dice_image/3` = channel/metric/shots (`heart@0.1/dice_image/all`: a tenth of the pool); with `…/std` (ddof 1) where there are several draws."
@@ -273,6 +276,12 @@ def _one_run(config, start, train, test, val, draw, paths, out, job, arm, progre
         save_segmenter(Path(out).parent/entry["model"], model, size=config.size, task=job.name, arm=arm, metrics=r["metrics"])
     return entry | {"found": r["found"]}
 
+def _nothing_to_learn(draw, part, paths) -> dict:
+    "The entry of a draw of films with empty masks alone."
+    k, fraction, s = draw
+    return {"shots": k, "shot": None if k == "all" else k, "fraction": fraction, "draw_seed": s, "metrics": {}, "series": {}, "train_paths": paths if len(paths) <= 64 else [], "picture": None, "model": None,
+            "n": {"train_images": len(part)}, "train_s": 0.0, "test_s": 0.0, "work_share": None, "status": f"all masks of the {len(part)} training films are empty"}
+
 def _label(draw) -> str:
     k, fraction, s = draw
     return f"shots{k}_draw{s}" if fraction is None else f"share{fraction:g}_draw{s}"
@@ -287,28 +296,34 @@ def run_segment(
     cache=None,                      # folder for decoded films
     out=None,                        # the result's path: predictions, pictures and models go beside it, and finished runs are found there
     progress: bool = True,
+    untrained: bool = False,         # random weights are meant, although `arm` is not "random"
 ) -> dict:
-    "Fine-tune for all shots, fractions and draws; a result (kind `segment`) with one entry in `runs` for each. It is not written. Without the data: see `if_missing`."
+    """Fine-tune for all shots, fractions and draws; a result (kind `segment`) with one entry in `runs` for each. It is not written. Without the data: see `if_missing`.
+
+    A draw whose films have empty masks alone teaches nothing: its entry has no metrics, and a `status` that says so. `AdamError` when that is so in every draw, and for random weights under another arm's name."""
     t0, (job, config) = time.perf_counter(), _check(config)
     if (noted := no_data(job, config, arm, pretrain_seed)) is not None: return noted
+    named_random(encoder, arm, untrained)
     with thread_count(config.threads):
         start, about = start_encoder(encoder, backbone or "resnet18", in_channels or 1, pretrain_seed)
         pool, held, held_out = parts_of(job, config, config.patience is not None)
-        draws = _drawn(pool, config)
+        draws = _drawn(pool, config, put_aside(held))
         wanted, load = np.unique(np.concatenate(list(draws.values()))), lambda x: load_arrays(x, job, config.size, cache, config.extras, progress, config.resize, config.grey)
         train, test, val = load(pool[wanted]), load(limited(held_out, config.test_limit)), None if held is None else load(held)
         folder = None if out is None else predictions_folder(out)
         if folder: save_truth(folder, test)
         facts = {k: v for k, v in to_dict(config).items() if k not in ("data_root", "shots", "fractions", "draw_seeds", "threads", "device", "if_missing")} | {
             "encoder": about["hash"], "test": held_out.fingerprint(), "val": held and held.fingerprint(), "code": code_of(*_CODE), "precision": pick_precision(config.precision, pick_device(config.device))}
-        runs = []
+        runs, parts = [], {draw: train[np.searchsorted(wanted, index)] for draw, index in draws.items()}
+        if not any(map(_marked, parts.values())): _training_part(next(iter(parts.values())), job)
         for draw, index in draws.items():
             paths, label = [str(pool[int(i)].path) for i in index], _label(draw)
+            if not _marked(parts[draw]): runs.append(_nothing_to_learn(draw, parts[draw], paths)); continue
             key = run_key(**facts, draw=draw, films=pool[index].fingerprint(), first=config.draw_seeds[0] == draw[2])
             entry = finished_run(folder, label, key) if folder else None
             if entry and any(entry[what] and not (Path(out).parent/entry[what]).is_file() for what in ("picture", "model")): entry = None
             if entry is None:
-                entry = _one_run(config, start, train[np.searchsorted(wanted, index)], test, val, draw, paths, out, job, arm, progress)
+                entry = _one_run(config, start, parts[draw], test, val, draw, paths, out, job, arm, progress)
                 if folder:
                     found = entry.pop("found")
                     entry["predictions"] = f"{folder.name}/{label}.npz"
@@ -317,6 +332,6 @@ def run_segment(
         titles = {f"{job.name}, {'%g %% of the pool' % (100 * r['fraction']) if r['fraction'] else '%s shots' % r['shots']}": r["picture"] for r in runs if r["picture"]}
         return result("segment", arm=arm or about["arm"], seeds={"pretrain_seed": pretrain_seed, "draw_seeds": config.draw_seeds, "seed": config.seed}, config=to_dict(config),
                       data={"name": pool.name, "hash": pool.fingerprint(), "test_hash": held_out.fingerprint(), "n": len(pool) + len(held_out)}, metrics=mean_metrics(runs),
-                      n={"pool_images": len(pool), "val_images": 0 if held is None else len(held), "test_images": len(test), "test_patients": len(set(test.patients)), "draws": len(config.draw_seeds)},
+                      n={"pool_images": len(pool), "val_images": 0 if held is None else len(held), "test_images": len(test), "test_patients": len(set(test.patients)), "draws": len(config.draw_seeds), "empty_draws": sum("status" in r for r in runs)},
                       wall_time_s=time.perf_counter() - t0, pictures=titles, task=job.name, protocol=job.protocol, channels=test.names, truth=truth_counts(test),
                       encoder={k: v for k, v in about.items() if k != "arm"}, precision=facts["precision"], runs=runs, models={f"{job.name}_{_label((r['shots'], r['fraction'], r['draw_seed']))}": r["model"] for r in runs if r["model"]})

@@ -168,24 +168,27 @@ def missing_data(
     return f"no data: get {task.dataset} from {layout.source or 'its publisher'}{f' ({layout.terms})' if layout.terms else ''} and unpack it into {layout.folder or folder.name} below ADAM_NB_DATA: {layout.layout}"
 
 # %% ../nbs/16_tasks.ipynb #4379c62d
-def _patient_order(patients, draw_seed) -> np.ndarray:
-    return np.random.default_rng([draw_seed, 0x5407]).permutation(np.unique(np.asarray(patients, dtype=str)))
+def _patient_order(patients, draw_seed, aside=()) -> np.ndarray:
+    every = np.unique(np.concatenate([np.asarray(patients, dtype=str), np.asarray(list(aside), dtype=str)]))
+    order = np.random.default_rng([draw_seed, 0x5407]).permutation(every)
+    return order[~np.isin(order, list(aside))] if len(aside) else order
 
 def few_shot(
     patients,          # patient of each film in the train pool (N,)
     k: int,            # number of films
     draw_seed: int,
+    aside=(),          # patients that were taken out of the pool to validate on: passed over in the order of all, so that they alone tell this draw from one without validation
 ) -> np.ndarray:
     "Indices of `k` films of `k` different patients, in the order drawn; a smaller `k` of the same seed is a prefix. Of a patient with several films, the first in the pool."
-    patients, order = np.asarray(patients, dtype=str), _patient_order(patients, draw_seed)
+    patients, order = np.asarray(patients, dtype=str), _patient_order(patients, draw_seed, aside)
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1: raise AdamError(f"The number of shots is {k!r}, but must be a whole number from 1.")
     if k > len(order): raise AdamError(f"{k} shots are asked for, but the train pool has {len(order)} patients; ask for at most {len(order)}.")
     first = {p: i for i, p in reversed(list(enumerate(patients)))}
     return np.array([first[p] for p in order[:k]])
 
-def label_fraction(patients, fraction: float, draw_seed: int) -> np.ndarray:
+def label_fraction(patients, fraction: float, draw_seed: int, aside=()) -> np.ndarray:
     "Indices of all films of a share (0 < fraction ≤ 1) of the patients, ascending; nested in the same way. 1.0 is the whole pool."
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         raise AdamError(f"The label fraction is {fraction!r}, but must be above 0 and at most 1.")
-    order = _patient_order(patients, draw_seed)
+    order = _patient_order(patients, draw_seed, aside)
     return np.flatnonzero(np.isin(np.asarray(patients, dtype=str), order[: int(np.ceil(round(fraction * len(order), 6)))]))

@@ -13,12 +13,13 @@ from adam_nb.config import AdamError
 from adam_nb.finetune import load_arrays
 from adam_nb.layouts import file_record
 from adam_nb.model import create_encoder
+from adam_nb.protocols import parts_of
 from adam_nb.records import Records
 from adam_nb.results import read_results, write_result
 from adam_nb.runs import read_run
 from adam_nb.segment import SegmentConfig, finetune_segmenter, run_segment
 from adam_nb.tasks import TASKS, Task, task
-from adam_nb.transfer import absent_tasks
+from adam_nb.transfer import absent_tasks, standings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"n": 40, "size": 64, "seed": 0}
@@ -95,11 +96,44 @@ def test_empty_masks_in_training(monkeypatch):
     changed(monkeypatch, "heart_scr_phantom", blank)
     refused(lambda: run_segment(SEGMENT, progress=False), "all masks of the 2 training films are empty", "check the masks' files")
 
+def test_a_draw_of_empty_masks_costs_no_other_draw(monkeypatch, tmp_path):
+    config = dataclasses.replace(SEGMENT, draw_seeds=[0, 1, 2])
+    drawn = {tuple(r["train_paths"]): r["draw_seed"] for r in run_segment(config, progress=False)["runs"]}
+    bare = next(paths for paths, s in drawn.items() if s == 1)
+    changed(monkeypatch, "heart_scr_phantom", lambda records: blank([r for r in records if str(r.path) in bare]))
+    res = run_segment(config, progress=False, out=tmp_path/"adam/seed0/r.json")
+    one = res["runs"][1]
+    assert one["status"] == "all masks of the 2 training films are empty" and one["metrics"] == {} and [r["draw_seed"] for r in res["runs"] if r["metrics"]] == [0, 2] and res["n"]["empty_draws"] == 1
+    assert res["metrics"]["heart/dice_image/2"] == pytest.approx(np.mean([r["metrics"]["heart"]["dice_image"] for r in res["runs"] if r["metrics"]]))
+    write_result(tmp_path/"adam/seed0/r.json", res)
+    (got,) = standings(read_run(tmp_path))
+    assert got["arms"]["random"]["n"] == 2
+
+
+def test_random_weights_under_another_name(tmp_path):
+    for run, config in ((run_segment, SEGMENT), (run_classify, CLASSIFY)):
+        refused(lambda: run(config, arm="adam", progress=False), "Arm adam has no encoder", "set untrained to true")
+    assert run_segment(SEGMENT, arm="small", untrained=True, progress=False)["arm"] == "small"
+
+
+def test_a_published_few_shot_run_draws_the_films_of_the_fixed_one():
+    config = dataclasses.replace(SEGMENT, shots=[3, 6])
+    fixed = run_segment(config, progress=False)
+    published = run_segment(dataclasses.replace(config, protocol="published", size=32, epochs=1, patience=1, steps=None, batch_size=4), progress=False)
+    assert all("val_loss" in r["series"] for r in published["runs"]) and published["n"]["val_images"] > 0 == fixed["n"]["val_images"]
+    there = {str(r.path) for r in parts_of(task(config.task), config, True)[0]}
+    for a, b in zip(fixed["runs"], published["runs"]):
+        assert len(set(b["train_paths"])) == b["shots"]
+        kept = [p for p in a["train_paths"] if p in there]           # all but those that validate
+        assert b["train_paths"][:len(kept)] == kept and len(kept) > 0
+
+
 def test_empty_masks_in_test_are_counted_and_said(monkeypatch, tmp_path):
     changed(monkeypatch, "heart_scr_phantom", lambda records: blank([r for r in records if r.split == "test"]))
     res = run_segment(SEGMENT, progress=False, out=tmp_path/"r.json")
     assert res["truth"] == {"heart": {"images": 8, "empty": 8}}
     with np.load(tmp_path/"r_predictions/shots2_draw0.npz") as z: found = np.unpackbits(z["predictions"], count=8 * 32 * 32).reshape(8, -1).any(1)
+    assert np.isnan(res["runs"][0]["metrics"]["heart"]["dice_pooled"]) and np.isnan(res["runs"][0]["metrics"]["heart"]["iou_pooled"])
     assert res["runs"][0]["metrics"]["heart"]["dice_image"] == pytest.approx(1 - found.mean())      # 1 where nothing is found on an empty mask, else 0
 
 
