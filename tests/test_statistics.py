@@ -25,7 +25,7 @@ def world(rng, seeds=5, draws=3, shared=1.0):
 @pytest.mark.slow
 @pytest.mark.parametrize("test", [paired, welch])
 def test_the_dictionaries_find_five_percent(test):
-    assert abs(false_positives(world, lambda a, b: test(a, b)["p"], 2000) - 0.05) < 0.0125       # 2,000 trials: ± 1 % is two standard errors
+    assert abs(false_positives(world, lambda a, b: test(a, b)["p"]) - 0.05) <= 0.01
 
 
 @pytest.mark.parametrize("n", [3, 5, 10])
@@ -33,9 +33,10 @@ def test_the_null_over_many_trials(n):
     rng = np.random.default_rng(n)
     a, b = rng.normal(0, 1, (2, 40_000, n))
     assert abs(np.mean(paired_p(b - a) < 0.05) - 0.05) < 0.005
-    assert 0.03 < np.mean(welch_p(a, b) < 0.05) < 0.055         # Welch's is a little strict with few runs
     unequal = rng.normal(0, 3, (40_000, n))
-    assert 0.035 < np.mean(welch_p(a, unequal) < 0.05) < 0.07
+    equal_spread, other_spread = (np.mean(welch_p(a, x) < 0.05) for x in (b, unequal))
+    assert abs(equal_spread - 0.05) <= 0.01 or n == 3 and 0.03 < equal_spread < 0.04      # with three runs each Welch's test is strict: its degrees of freedom are guessed from two variances of two
+    assert abs(other_spread - 0.05) <= 0.01
 
 
 def test_equal_to_scipy_on_odd_values():
