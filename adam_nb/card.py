@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CARD', 'QUESTIONS', 'CONTROLS', 'DENSE', 'control_path', 'gain_path', 'look_up', 'best_control', 'verdict',
-           'card_config', 'card_rows', 'card_figures', 'dense_rows', 'card_html', 'probe_card', 'compare_cards']
+           'card_config', 'card_rows', 'card_figures', 'dense_rows', 'card_html', 'run_cards', 'probe_card',
+           'compare_cards']
 
 # %% ../nbs/22a_card.ipynb #d40f53b1
-import base64, html, io, json, math
+import base64, html, io, json, math, os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +23,8 @@ from .eve import Eve
 from .levels import plot_levels
 from .locality import plot_tsne
 from .patches import STRIDE
-from .probes import ProbeConfig, headline, probe_films, run_probes
-from .results import read_json, write_json
+from .probes import PROBES, ProbeConfig, headline, probe_films, run_probes
+from .results import read_json, read_results, write_json
 from .scales import plot_scales
 
 # %% ../nbs/22a_card.ipynb #5d79f81a
@@ -197,7 +198,7 @@ def _dense_html(d: dict) -> str:
 def card_html(card: dict, results: dict[str, dict]) -> str:
     "The page of a card."
     e, d = card["encoder"], card["data"]
-    about = [("encoder", e.get("path") or "given as an object"), ("network", f"{e.get('backbone') or 'unknown'}, {e['dim']} features, view of {e['view_size']} pixels"), ("weights", e.get("hash") or "no hash"),
+    about = [("encoder", e.get("path") or card["name"]), ("network", f"{e.get('backbone') or 'unknown'}, {e['dim']} features, view of {e['view_size']} pixels"), ("weights", e.get("hash") or "no hash"),
              ("pretraining seed", card["pretrain_seed"]), ("data", f"{d['name']}, {d['split'] or 'all images'}, fingerprint {d['hash']}"), ("made", f"adam_nb {card['versions'].get('adam_nb')}, commit {card['commit'] or 'unknown'}, {card['date']}")]
     body = "<table>" + "".join(f"<tr><th>{k}</th><td>{html.escape(str(v))}</td></tr>" for k, v in about) + "</table>"
     for probe, r in results.items():
@@ -215,6 +216,34 @@ def card_html(card: dict, results: dict[str, dict]) -> str:
     return _page(f"Probe card: {card['name']}", body)
 
 # %% ../nbs/22a_card.ipynb #e019087d
+def _write_card(out: Path, name: str, seed: int, config: dict, results: dict[str, dict], encoder: dict, dense: dict | None, files: dict[str, str]) -> dict:
+    "Write card.json and card.html into `out`; returns the card."
+    first = next(iter(results.values()))
+    card = {"card": CARD, "name": name, "pretrain_seed": seed, "config": config, "data": {k: first["data"].get(k) for k in ("name", "split")} | {"hash": digest({p: r["data"]["hash"] for p, r in results.items()})},
+            "encoder": encoder | {"hash": first["encoder"]["hash"], "view_size": first["view_size"]}, "collapsed": {p: bool(r["metrics"].get("collapsed")) for p, r in results.items()},
+            "rows": card_rows(results), "dense": dense, "files": files, **{k: first[k] for k in ("versions", "commit", "platform", "date")}}
+    (out/"card.html").write_text(card_html(read_json(write_json(out/"card.json", card)), results), encoding="utf-8")
+    return read_json(out/"card.json")
+
+def run_cards(
+    folder: str | Path,             # of a run
+    out: str | Path | None = None,  # where the cards go; default <folder>/cards
+) -> dict[str, list[Path]]:
+    "A card for each encoder that a run has probed, from its results alone: {probed data set: [folder of a card, …]}, <out>/<data set>/<arm>_seed<n>. `AdamError` for a run without probes."
+    folder, found = Path(folder), {}
+    out = Path(out) if out else folder/"cards"
+    for r in read_results(folder):
+        if r["kind"] in PROBES: found.setdefault(r["task"], {}).setdefault((r["arm"], r["seeds"].get("pretrain_seed") or 0), {})[r["kind"]] = r
+    if not found: raise AdamError(f"There are no results of probes in {folder}; run its probe nodes first, or name a card of adam_nb probe.")
+    made = {}
+    for task, encoders in found.items():
+        for (arm, seed), results in encoders.items():
+            results = {p: results[p] for p in PROBES if p in results}
+            here = out/task/f"{arm}_seed{seed}"
+            _write_card(here, arm, seed, next(iter(results.values()))["config"], results, {"path": None, "dim": "unknown", "backbone": None}, None, {p: os.path.relpath(r["_path"], here) for p, r in results.items()})
+            made.setdefault(task, []).append(here)
+    return made
+
 def probe_card(
     checkpoint,                     # path of any checkpoint that `Eve.load` reads, or an Eve, or a callable images -> (B, D)
     params="smoke",                 # see `card_config`: preset, YAML file, dictionary, or a ProbeConfig
@@ -235,15 +264,10 @@ def probe_card(
     films = probe_films(config) if records is None else records
     files = run_probes(config, eve, out, name, {"pretrain_seed": pretrain_seed}, records=films, progress=progress)
     results = {probe: read_json(p) for probe, p in files.items()}
-    first = next(iter(results.values()))
     seen = isinstance(eve, Eve) and not all(r["metrics"].get("collapsed") for r in results.values())
     with thread_count(config.threads): dense = dense_rows(eve, films, config.grid, batch=config.batch_size) if seen else None
-    card = {"card": CARD, "name": name, "pretrain_seed": pretrain_seed, "config": to_dict(config), "data": {k: first["data"].get(k) for k in ("name", "split")} | {"hash": films.fingerprint()},
-            "encoder": {"path": path, "hash": getattr(eve, "hash", None), "dim": getattr(eve, "dim", None) or "unknown", "backbone": getattr(getattr(eve, "encoder", None), "backbone", None), "view_size": first["view_size"]},
-            "collapsed": {p: bool(r["metrics"].get("collapsed")) for p, r in results.items()}, "rows": card_rows(results), "dense": dense, "files": {p: f.name for p, f in files.items()},
-            **{k: first[k] for k in ("versions", "commit", "platform", "date")}}
-    (out/"card.html").write_text(card_html(read_json(write_json(out/"card.json", card)), results), encoding="utf-8")
-    return read_json(out/"card.json")
+    about = {"path": path, "dim": getattr(eve, "dim", None) or "unknown", "backbone": getattr(getattr(eve, "encoder", None), "backbone", None)}
+    return _write_card(out, name, pretrain_seed, to_dict(config), results, about, dense, {p: f.name for p, f in files.items()})
 
 # %% ../nbs/22a_card.ipynb #777cc337
 def _read_card(path) -> dict:

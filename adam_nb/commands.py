@@ -9,7 +9,7 @@ __all__ = ['add_commands']
 import argparse, sys
 from pathlib import Path
 
-from .config import AdamError
+from .config import AdamError, nearest
 
 # %% ../nbs/27a_commands.ipynb #f5ed308e
 def _cmd_embed(a):
@@ -65,7 +65,14 @@ def _cmd_probe(a):
     print(f"{out/'card.html'}: {len(card['rows'])} answers; in {better} of {told} better than an untrained network, raw pixels and the bare position")
 
 def _cmd_cards(a):
-    from adam_nb.card import compare_cards
+    from adam_nb.card import compare_cards, run_cards
+    runs = [c for c in a.cards if (Path(c)/"plan.json").is_file()]
+    if runs:
+        made = [run_cards(r) for r in runs]
+        sets = sorted({task for m in made for task in m})
+        if a.data_set is None and len(sets) > 1: raise AdamError(f"The encoders were probed on several data sets ({', '.join(sets)}); name one with --data-set.")
+        if a.data_set is not None and a.data_set not in sets: raise AdamError(f"No encoder was probed on '{a.data_set}'.{nearest(a.data_set, sets)}")
+        a.cards = [str(c) for m in made for c in m.get(a.data_set or sets[0], [])] + [c for c in a.cards if c not in runs]
     same = [c for c in map(Path, a.cards) if Path(a.out).resolve() == (c/"card.json" if c.is_dir() else c).resolve()]
     if same: raise AdamError(f"{a.out} is one of the cards and would be lost; give --out another name.")
     table = compare_cards(a.cards, a.out)
@@ -101,8 +108,8 @@ def add_commands(sub) -> None:
     p.add_argument("--out", metavar="DIR", help="default: outputs/cards/NAME"); p.add_argument("--name", help="on the card; default: the file's name")
     p.add_argument("--pretrain-seed", type=int, default=0, help="of the encoder: cards of one name are averaged over seeds"); p.add_argument("--backbone", help="for checkpoints that do not say, e.g. resnet50 or timm:NAME")
     p.set_defaults(do=_cmd_probe)
-    c = sub.add_parser("cards", help="set probe cards beside each other", description="One HTML table of several cards of adam_nb probe: a column for each name, over its pretraining seeds. All must have asked the same of the same films.")
-    c.add_argument("cards", nargs="+", metavar="CARD.json", help="cards, or the folders that hold them"); c.add_argument("--out", default="cards.html", help="HTML file (default: cards.html)")
+    c = sub.add_parser("cards", help="set probe cards beside each other", description="One HTML table of several cards of adam_nb probe: a column for each name, over its pretraining seeds. All must have asked the same of the same films. A run's folder (outputs/NAME) stands for all encoders that it has probed: their cards are written into its cards/ first.")
+    c.add_argument("cards", nargs="+", metavar="CARD", help="card.json files, folders that hold them, or folders of runs"); c.add_argument("--data-set", metavar="NAME", help="which of the data sets that a run was probed on"); c.add_argument("--out", default="cards.html", help="HTML file (default: cards.html)")
     c.set_defaults(do=_cmd_cards)
     x = sub.add_parser("export", help="hand an encoder to another library, with a model card")
     x.add_argument("checkpoint"); x.add_argument("--to", required=True, metavar="LAYOUT", help="torchvision, timm, smp or safetensors"); x.add_argument("--out", required=True, metavar="DIR")
