@@ -193,10 +193,19 @@ def _uncounted(run: Run) -> dict[str, dict]:
 
 _WHY = {"classify": "no class has ten positives and ten negatives", "segment": "no pixel counts"}
 
+def _with_more_amounts(run: Run, every: list[dict]) -> list[dict]:
+    "`standings` with all labels, and after each task those with shares of them, and of classifications with few films; corrected by Holm over them all."
+    amounts = [k for k in dict.fromkeys(p["shots"] for p in sorted(task_points(run), key=lambda p: p["trained"])) if k != "all"]
+    more = [r for k in amounts for r in standings(run, k) if (isinstance(k, str) or r["unit"] == _UNITS["auroc_mean"]) and not any((r["task"], r["structure"], r["shots"]) == (e["task"], e["structure"], e["shots"]) for e in every)]
+    out = [r for e in every for r in [e, *(m for m in more if (m["task"], m["structure"]) == (e["task"], e["structure"]))]]
+    for r, p in zip(out, holm([r["test"]["p"] if r["test"] else np.nan for r in out])): r["p_holm"] = float(p)
+    return out
+
 def transfer_table(run: Run, shots=None):
-    "A DataFrame: a question a row, arms as columns (mean ± sd), Adam − best rival with its 95 % interval, Hedges' g, p (Welch, Holm); published numbers in rows marked with †; tasks without data, or without a number, at the end."
+    "A DataFrame: a question a row, arms as columns (mean ± sd), Adam − best rival with its 95 % interval, Hedges' g, p (Welch, Holm); published numbers in rows marked with †; every share of the labels and every number of labelled films of a classification in a row of its own (those of segmentation are in `few_shot_table`); tasks without data, or without a number, at the end."
     import pandas as pd
     every = standings(run, shots)
+    if shots is None: every = _with_more_amounts(run, every)
     arms = [a for a in arms_of(run) if any(a in r["arms"] for r in every)]
     rows = [row for r in every for row in _rows_of(r, arms)]
     rows += [{"task": task, "labels": why} for task, why in absent_tasks(run).items() if not any(r["task"] == task for r in every)]
@@ -210,11 +219,20 @@ def transfer_table(run: Run, shots=None):
     return table
 
 # %% ../nbs/23d_transfer.ipynb #38389c2b
+def _on_labels(run: Run, arm: str) -> list[dict]:
+    "What an arm that was trained on the labels of the pretraining images did instead of pretraining, in the form of a pretraining's result; empty for other arms."
+    from adam_nb.results import read_json
+    files = sorted((run.folder/arm).glob("seed*/checkpoints/labels.json"))
+    if not files: return []
+    r = read_json(files[0])
+    n = r["runs"][0]["n"]
+    return [{"supervised": True, "n": {"updates": n["steps"], "train_images": n["train_images"]}, "config": {"batch_size": r["config"]["batch_size"], "backbone": r["encoder"]["backbone"], "view_size": r["config"]["size"]}, "data": {}, "wall_time_s": r["wall_time_s"]}]
+
 def inequalities(run: Run) -> list[str]:
     "Sentences on what is not equal between the arms of a run, and one on what is; from its results alone."
     points, arms = task_points(run), arms_of(run)
     arms = [a for a in arms if any(p["arm"] == a for p in points)] or arms
-    chains = {a: pretraining(run, a, (seeds_of(run) or [0])[0]) for a in arms}
+    chains = {a: pretraining(run, a, (seeds_of(run) or [0])[0]) or _on_labels(run, a) for a in arms}
     trained = {a: c for a, c in chains.items() if c}
     facts = {"updates of pretraining": {a: sum(r["n"].get("updates") or 0 for r in c) for a, c in trained.items()},
              "parts seen in pretraining": {a: sum((r["n"].get("updates") or 0)*(r["config"].get("batch_size") or 0) for r in c) for a, c in trained.items()},
@@ -230,7 +248,7 @@ def inequalities(run: Run) -> list[str]:
         elif known and "time" not in name: same.append(f"{name} ({next(iter(known.values()))})")
     foreign = [a for a in arms if a not in trained and a != "random"]
     if foreign: out.append(f"Not pretrained in this run, so neither their data nor their updates are the others': {', '.join(arm_name(a) for a in foreign)}.")
-    if "supervised" in arms: out.append("The supervised arm has seen labels of the pretraining images; the others have not.")
+    if labelled := [arm_name(a) for a in arms if "supervised" in (chains[a] or [{}])[0] or a == "supervised"]: out.append(f"{', '.join(labelled)}: has seen labels of the pretraining images; the others have not.")
     if points and max(facts["pretraining seeds judged"].values()) == 1: out.append("One encoder per arm: the numbers rank these encoders, not the methods.")
     return out + ([f"Equal in all pretrained arms: {', '.join(same)}."] if same else [])
 
