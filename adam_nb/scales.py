@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from .config import AdamError
 from .draw import Drawing
 from .landmarks import with_landmarks
-from .locality import as_features, as_labels, collapsed, gains, patient_interval, unit
+from .locality import as_labels, as_rows, collapsed, gains, patient_interval, row_blocks, similarities, unit
 from .patches import Job, cut_patches, embed_jobs, keep_in, view_size
 from .probe_configs import WIDTHS
 
@@ -24,10 +24,9 @@ _all_ = ["WIDTHS"]
 # %% ../nbs/19b_scales.ipynb #4ee5f91b
 def cross_knn1(query: np.ndarray, gallery: np.ndarray, code: np.ndarray, who: np.ndarray) -> np.ndarray:
     "(N,) share of the nearest gallery vectors (N, D) of other patients that show the query's landmark: 1 or 0 unless there are ties. Row i of both is one landmark of one film."
-    q, g, out = unit(query), unit(gallery), np.empty(len(code))
-    for start in range(0, len(q), 512):
-        part = slice(start, start + 512)
-        sim = q[part] @ g.T
+    out = np.empty(len(code))
+    for part in row_blocks(len(code), against=len(code)):
+        sim = similarities(query[part], gallery)
         sim[who[part, None] == who] = -np.inf
         best = sim >= sim.max(1, keepdims=True) - 1e-9
         out[part] = (best & (code[part, None] == code)).sum(1)/best.sum(1)
@@ -35,11 +34,11 @@ def cross_knn1(query: np.ndarray, gallery: np.ndarray, code: np.ndarray, who: np
 
 def own_share(query: np.ndarray, other: np.ndarray, film: np.ndarray) -> np.ndarray:
     "(N,) share of the other landmarks of the same film that are less similar to the query than its own box at the other scale; ties half, NaN for a film with one landmark."
-    q, o, out = unit(query), unit(other), np.full(len(film), np.nan)
-    for f in np.unique(film):
-        rows = np.flatnonzero(film == f)
+    out = np.full(len(film), np.nan)
+    order = np.argsort(film, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(film[order])) + 1):
         if len(rows) < 2: continue
-        sim = q[rows] @ o[rows].T
+        sim = similarities(query[rows], other[rows])
         below = np.diag(sim)[:, None] - sim
         win = np.where(np.abs(below) < 1e-9, 0.5, below > 0)
         np.fill_diagonal(win, 0)
@@ -49,18 +48,19 @@ def own_share(query: np.ndarray, other: np.ndarray, film: np.ndarray) -> np.ndar
 # %% ../nbs/19b_scales.ipynb #4566089a
 def scale_scores(features, landmark, patient, film) -> dict[str, np.ndarray]:
     """Scores of boxes at S scales: `features` (S, N, D); the others (N,). `cosine`, `own`, `knn1`: each (S, S, N), first axis the query's scale, second the gallery's;
-    NaN when the features have collapsed. `AdamError` for fewer than two scales, NaN, one landmark or one patient."""
-    x = np.asarray(features, dtype=np.float64)
+    NaN when the features have collapsed. `AdamError` for fewer than two scales, NaN, one landmark or one patient.
+    Features may lie in a file: beside them, memory holds blocks of rows as `locality.row_blocks` makes them, and the scores, 24·S² bytes a landmark."""
+    x = features if isinstance(features, np.ndarray) and features.dtype == np.float32 else np.asarray(features, dtype=np.float64)
     if x.ndim != 3 or len(x) < 2: raise AdamError(f"Boxes at two scales at least are needed, features (scales, N, D); their shape is {x.shape}.")
     s, n, d = x.shape
-    x = as_features(x.reshape(s*n, d)).reshape(s, n, d)
+    x = as_rows(x.reshape(s*n, d)).reshape(s, n, d)
     code, who, which = as_labels(landmark, n, "landmark"), as_labels(patient, n, "patient"), as_labels(film, n, "film")
     out = {m: np.full((s, s, n), np.nan) for m in ("cosine", "own", "knn1")}
     if collapsed(x.reshape(s*n, d)): return out
-    u = unit(x)
     for a in range(s):
         for b in range(s):
-            out["cosine"][a, b], out["knn1"][a, b] = (u[a]*u[b]).sum(1), cross_knn1(x[a], x[b], code, who)
+            for part in row_blocks(n): out["cosine"][a, b, part] = (unit(x[a, part])*unit(x[b, part])).sum(1)
+            out["knn1"][a, b] = cross_knn1(x[a], x[b], code, who)
             if a != b: out["own"][a, b] = own_share(x[a], x[b], which)
     return out
 
