@@ -16,7 +16,7 @@ from .compositionality import LINES, cosine
 from .config import AdamError
 from .decomposer import boxes, children, grid_shape
 from .draw import Drawing
-from .locality import as_features, as_labels, collapsed, gains, patient_interval, unit
+from .locality import as_labels, as_rows, collapsed, gains, patient_interval, unit
 from .patches import Job, crops, embed_jobs, keep_in, view_size
 
 # %% ../nbs/20b_levels.ipynb #5fc2b635
@@ -24,39 +24,58 @@ def node(level: int, cell: int) -> int:
     "The row of a part in the list of all parts of all levels, coarse to fine."
     return 2**level - 1 + cell
 
-_BLOCK = 256        # films whose wholes meet all halves at a time: the largest array is 256 × films
+_BLOCK = 256        # films whose wholes meet the halves of as many films at a time
+_PARTS = 512        # parts of a level that are float64 at a time
 
-def _wins(whole: np.ndarray, halves: np.ndarray, own: np.ndarray, rivals) -> np.ndarray:
-    "(A,) share of the rivals to which a whole (A, D) is less similar than to its own halves, `own` (A,); ties half. `halves` (B, D), `rivals` (A, B) bool; unit vectors."
+def _pairs(x: np.ndarray, level: int) -> tuple[np.ndarray, np.ndarray]:
+    "The parts of a level and the means of their two halves, each (A, 2^level, D) float64, of films `x` (A, parts, D)."
+    cells = range(2**level)
+    finer = x[:, [node(level + 1, k) for c in cells for k in children(level, c)]].astype(np.float64)
+    return x[:, [node(level, c) for c in cells]].astype(np.float64), finer.reshape(len(x), 2**level, 2, -1).mean(2)
+
+def _wins(whole: np.ndarray, halves: np.ndarray, own: np.ndarray, rivals) -> tuple[np.ndarray, np.ndarray]:
+    "Rivals to which a whole (A, D) is less similar than to its own halves, `own` (A,), ties half, and all rivals: (A,) each. `halves` (B, D), `rivals` (A, B) bool; unit vectors."
     below = own[:, None] - whole @ halves.T
-    return (np.where(np.abs(below) < 1e-9, 0.5, below > 0)*rivals).sum(1)/rivals.sum(1)
+    return (np.where(np.abs(below) < 1e-9, 0.5, below > 0)*rivals).sum(1), rivals.sum(1)
+
+def _same_place(x: np.ndarray, level: int, cell: int, own: np.ndarray, who: np.ndarray) -> np.ndarray:
+    "(F,) share of the other patients' halves of this part to which it is less similar than to its own, `own` (F,)."
+    out, kids = np.empty(len(x)), [node(level + 1, k) for k in children(level, cell)]
+    for a in range(0, len(x), _BLOCK):
+        some = slice(a, a + _BLOCK)
+        whole, won, n = unit(x[some, node(level, cell)]), 0, 0
+        for b in range(0, len(x), _BLOCK):
+            there = slice(b, b + _BLOCK)
+            w, k = _wins(whole, unit(x[there, kids].astype(np.float64).mean(1)), own[some], who[some, None] != who[there])
+            won, n = won + w, n + k
+        out[some] = won/n
+    return out
 
 def level_scores(features, patient) -> list[dict[str, np.ndarray]]:
-    """Scores of each level n = 0 … L−1 from `features` (F, 2^(L+1) − 1, D), rows as `node` counts them, and `patient` (F,). Each score (F, 2^n) float64, NaN where there is no rival or when the features have collapsed. Beside the features' own size, memory grows with F·2^n and not with F².
+    """Scores of each level n = 0 … L−1 from `features` (F, 2^(L+1) − 1, D), rows as `node` counts them, and `patient` (F,). Each score (F, 2^n) float64, NaN where there is no rival or when the features have collapsed.
+    Features may lie in a file: beside them, memory holds one block of films of one level as float64, and the scores, 40 bytes a part.
     `AdamError` for another number of rows, NaN, or one patient."""
-    x = np.asarray(features, dtype=np.float64)
+    x = features if isinstance(features, np.ndarray) and features.dtype == np.float32 else np.asarray(features, dtype=np.float64)
     if x.ndim != 3: raise AdamError(f"features must be (films, parts, D), but have the shape {x.shape}.")
     f, rows, d = x.shape
     depth = int(rows + 1).bit_length() - 2
     if depth < 1 or rows != 2**(depth + 1) - 1: raise AdamError(f"A film has {rows} parts, but all parts of levels 0 to L are 2^(L+1) − 1: 3, 7, 15, 31 …")
-    x = as_features(x.reshape(f*rows, d)).reshape(f, rows, d)
+    x = as_rows(x.reshape(f*rows, d)).reshape(f, rows, d)
     who, flat, out = as_labels(patient, f, "patient"), collapsed(x.reshape(f*rows, d)), []
     for n in range(depth):
-        cells = range(2**n)
-        whole, halves = x[:, [node(n, c) for c in cells]], np.stack([x[:, [node(n + 1, k) for k in children(n, c)]].mean(1) for c in cells], 1)
-        if flat: out.append({m: np.full((f, 2**n), np.nan) for m in ("cosine", "centred", "norm_ratio", "same_place_auc", "same_film_auc")}); continue
-        length = np.linalg.norm(whole, axis=-1)
-        own, u, h = cosine(whole, halves), unit(whole), unit(halves)
-        place, film = np.empty(own.shape), np.full(own.shape, np.nan)
-        for start in range(0, f, _BLOCK):
-            some = slice(start, start + _BLOCK)
-            others = who[some, None] != who
-            for c in cells: place[some, c] = _wins(u[some, c], h[:, c], own[some, c], others)
-        if n:
-            for i in range(f): film[i] = _wins(u[i], h[i], own[i], ~np.eye(2**n, dtype=bool))
-        out.append({"cosine": own, "centred": cosine(whole - whole.mean((0, 1)), halves - halves.mean((0, 1))),
-                    "norm_ratio": np.divide(np.linalg.norm(halves, axis=-1), length, out=np.full(own.shape, np.nan), where=length > 0),
-                    "same_place_auc": place, "same_film_auc": film})
+        scores = {m: np.full((f, 2**n), np.nan) for m in ("cosine", "centred", "norm_ratio", "same_place_auc", "same_film_auc")}
+        out.append(scores)
+        if flat: continue
+        step = max(1, _PARTS >> n)
+        films = [slice(i, i + step) for i in range(0, f, step)]
+        middle = sum(np.stack([v.sum((0, 1)) for v in _pairs(x[some], n)]) for some in films)/(f*2**n)      # of the parts, of the halves' means
+        for some in films:
+            whole, halves = _pairs(x[some], n)
+            length, own = np.linalg.norm(whole, axis=-1), cosine(whole, halves)
+            scores["cosine"][some], scores["centred"][some] = own, cosine(whole - middle[0], halves - middle[1])
+            scores["norm_ratio"][some] = np.divide(np.linalg.norm(halves, axis=-1), length, out=np.full(own.shape, np.nan), where=length > 0)
+            if n: scores["same_film_auc"][some] = [np.divide(*_wins(unit(u), unit(h), o, ~np.eye(2**n, dtype=bool))) for u, h, o in zip(whole, halves, own)]
+        for c in range(2**n): scores["same_place_auc"][:, c] = _same_place(x, n, c, scores["cosine"][:, c], who)
     return out
 
 def level_gains(scores: list[dict], controls: dict[str, list[dict]], patient, seed: int = 0) -> dict[str, dict]:
