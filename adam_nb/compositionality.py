@@ -206,6 +206,7 @@ def run_compositionality(
     Metrics: those of `compositionality`; `same_place_auc` and `same_film_auc` (share of wholes that are nearer to their own parts than to the
     rival's, with `_low`, `_high`), `same_place_cosine`, `same_film_cosine` (mean cosine with the rival's parts); all of it again below `pixels` and, with a `control`, `untrained`;
     `gain/<pixels, untrained>/…`: the encoder's `centred_mean` and AUCs less the control's on the same patches, with `_low`, `_high` of that difference (see `locality.paired_gain`).
+    Memory beside the features (in files with `keep`) follows `n_patches`, some float64 copies of (n_patches, D), and not the number of films or patients.
     Series: `cosine`, `centred`, `n_parts`, `same_place`, `same_film` (cosines; NaN without a rival), `side` (√area, share of the film's shorter side) and `aspect` (width over height) of the patches, each (N,), and `n` {patches, patients, films}."""
     size, patches = view_size(eve, size), random_patches(records, n_patches, seed, sizes, aspects)
     jobs, owners = compositionality_jobs(records, patches, size, seed)
