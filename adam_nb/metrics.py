@@ -75,20 +75,21 @@ def bootstrap_ci(
     _, which = np.unique(groups, return_inverse=True)
     n = which.max() + 1 if len(x) else 0
     if n < 2: return float("nan"), float("nan")
-    draws = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    rng, step = np.random.default_rng(seed), max(1, 10**6 // n)             # resamples at a time: little memory, the same draws
+    draws = (rng.integers(0, n, (min(step, resamples - i), n)) for i in range(0, resamples, step))
     if of_sums is not None:
         rows = x.reshape(len(x), -1)
         total = np.stack([np.bincount(which, c, n) for c in rows.T], 1)
-        part = max(1, 10**7 // total.size)      # resamples at a time: little memory
-        values = np.concatenate([of_sums(total[draws[i:i + part]].sum(1)) for i in range(0, resamples, part)])
+        part = max(1, 10**6 // total.size)
+        values = np.concatenate([of_sums(total[draw[i:i + part]].sum(1)) for draw in draws for i in range(0, len(draw), part)])
     elif statistic is None:                     # sums of groups suffice for a mean
         if x.ndim != 1: raise AdamError(f"Scores must have the shape (N,), not {x.shape}; for rows give a `statistic`.")
         seen = ~np.isnan(x)
         total, size = np.bincount(which, np.where(seen, x, 0), n), np.bincount(which, seen, n)
-        with np.errstate(invalid="ignore"): values = total[draws].sum(1) / size[draws].sum(1)
+        with np.errstate(invalid="ignore"): values = np.concatenate([total[draw].sum(1) / size[draw].sum(1) for draw in draws])
     else:
         members = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
-        values = np.array([statistic(x[np.concatenate([members[g] for g in draw])]) for draw in draws])
+        values = np.array([statistic(x[np.concatenate([members[g] for g in one])]) for draw in draws for one in draw])
     values = values[~np.isnan(values)]
     if not len(values): return float("nan"), float("nan")
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
