@@ -184,7 +184,7 @@ def embed_jobs(
     batch: int = 64,
     kept: Kept | None = None,       # read from there, or written there
 ) -> tuple[np.ndarray, np.ndarray]:
-    "(N, D) embeddings and (N, 256) pixel features of all jobs' patches, float32, in the order of the jobs. `AdamError` for NaN, or films that differ in channels."
+    "(N, D) embeddings and (N, 256) pixel features of all jobs' patches, float32, in the order of the jobs. With `kept` they lie in files, and memory holds one film and one batch whatever the number of films; without, they are arrays of 4·(D + 256) bytes a patch. `AdamError` for NaN, or films that differ in channels."
     n = sum(j.count for j in jobs)
     if not n: raise AdamError("There are no patches to embed.")
     if kept and (found := kept.read()) and len(found[0]) == n: return found
