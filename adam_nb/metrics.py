@@ -101,14 +101,13 @@ def overlap_scores(
     groups=None,       # (N,) patients
     seed: int = 0,
 ) -> dict[str, float]:
-    "All overlap measures of one channel: Dice and IoU, pooled over pixels and as a mean over images, each with its 95 % interval over patients. The pooled ones are NaN where no image has a true pixel: they would be 1 or 0 by a single stray one."
+    "All overlap measures of one channel: Dice and IoU, pooled over pixels and as a mean over images, each with its 95 % interval over patients."
     table = np.asarray(table).reshape(-1, 3)
     if not len(table): raise AdamError("There is no image to score; the test part is empty.")
-    out, empty = {}, not table[:, [0, 2]].any()
+    out = {}
     for name, of in (("dice", dice_of), ("iou", iou_of)):
         images = of(table)
         for kind, value, ends in (("image", images.mean(), bootstrap_ci(images, groups, seed)), ("pooled", of(table.sum(0)), bootstrap_ci(table, groups, seed, of_sums=of))):
-            if empty and kind == "pooled": value, ends = np.nan, (np.nan, np.nan)
             out |= {f"{name}_{kind}": float(value), f"{name}_{kind}_low": ends[0], f"{name}_{kind}_high": ends[1]}
     return out
 

@@ -134,6 +134,7 @@ def score(
         for i, row in zip(films, table.tolist()): kept[i] = row
         per_image[name] = {"dice": dice.tolist(), "counts": kept}
         metrics[name] = overlap_scores(table, test.patients[films], seed) if len(films) else dict.fromkeys(_OVERLAP, float("nan"))
+        if not table[:, [0, 2]].any(): metrics[name] |= {m: float("nan") for m in _OVERLAP if "pooled" in m}      # without a true pixel on any film they would be 1, or 0 by a single stray one
     return metrics, per_image, found
 
 _OVERLAP = tuple(overlap_scores(np.ones((1, 3))))
