@@ -249,7 +249,7 @@ def plan(
             start = {"arm": arm, "encoder": encoder, "untrained": encoder is None, "pretrain_seed": seed, "backbone": recipe.backbone, "in_channels": recipe.in_channels}
             for kind in ("segment", "classify"):
                 for task, extra in getattr(preset, kind).items():
-                    v = filled(kind, {**values.get(kind, {}), **extra, "task": task} | ({"if_missing": "note"} if task in absent else {}), f"{kind} task {task}")
+                    v = filled(kind, {**values.get(kind, {}), **extra, "task": task} | ({"if_missing": "note"} if task in preset.optional else {}), f"{kind} task {task}")
                     out = f"{folder}/{arm}/seed{seed}/{task}.json"
                     nodes.append(Node(f"{kind}.{arm}.seed{seed}.{task}", kind, v, start | {"films": f"{folder}/films", "out": out}, ready, out, folder))
             for prefix, extra in preset.probes.items():

@@ -19,7 +19,7 @@ from .device import autocast
 from .finetune import Arrays
 from .records import Records, split_by_patient
 from .results import result
-from .tasks import Task, missing_data
+from .tasks import Task, missing_data, missing_masks
 
 # %% ../nbs/16b_protocols.ipynb #3c321b5f
 FIXED = {  # task kind -> the house's values
@@ -133,9 +133,10 @@ def no_data(
     job: Task,
     config,                # with data_root and if_missing
     arm: str | None, pretrain_seed: int,
+    test: Records | None = None,   # the test part, when it has been opened: a segmentation needs a mask in it
 ) -> dict | None:
     "None when the task's data are there; else the result that says what is missing (its `status`), or `AdamError` with if_missing: error."
-    said = missing_data(job, config.data_root)
+    said = missing_data(job, config.data_root) if test is None else missing_masks(job, test)
     if said is None: return None
     if config.if_missing == "error": raise AdamError(f"Task {job.name}: {said}. (With if_missing: note the task is passed over and stays in the tables.)")
     return result(job.kind, arm=arm or "unnamed", seeds={"pretrain_seed": pretrain_seed}, config=to_dict(config), data={"name": job.dataset, "hash": None, "n": 0}, metrics={}, n={"test_images": 0},

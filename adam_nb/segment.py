@@ -308,6 +308,7 @@ def run_segment(
     with thread_count(config.threads):
         start, about = start_encoder(encoder, backbone or "resnet18", in_channels or 1, pretrain_seed)
         pool, held, held_out = parts_of(job, config, config.patience is not None)
+        if (noted := no_data(job, config, arm or about["arm"], pretrain_seed, held_out)) is not None: return noted
         draws = _drawn(pool, config, put_aside(held))
         wanted, load = np.unique(np.concatenate(list(draws.values()))), lambda x: load_arrays(x, job, config.size, cache, config.extras, progress, config.resize, config.grey)
         train, test, val = load(pool[wanted]), load(limited(held_out, config.test_limit)), None if held is None else load(held)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'CLASSIFY_RECIPE', 'SEGMENT_RECIPE', 'CHESTXRAY14', 'Task', 'targets_of', 'target_masks', 'target_labels',
-           'register', 'task', 'missing_data', 'few_shot', 'label_fraction']
+           'register', 'task', 'missing_data', 'missing_masks', 'few_shot', 'label_fraction']
 
 # %% ../nbs/16_tasks.ipynb #d2bd86f7
 from dataclasses import dataclass, field
@@ -165,7 +165,23 @@ def missing_data(
     if layout.generated or (root is None and layout.folder is None): return None
     folder = Path(root) if root is not None else data_root()/layout.folder
     if folder.is_dir() and any(folder.iterdir()): return None
-    return f"no data: get {task.dataset} from {layout.source or 'its publisher'}{f' ({layout.terms})' if layout.terms else ''} and unpack it into {layout.folder or folder.name} below ADAM_NB_DATA: {layout.layout}"
+    return f"no data: {_where_to_get(task, folder)}"
+
+def _where_to_get(task, folder) -> str:
+    layout = LAYOUTS[task.dataset]
+    return f"get {task.dataset} from {layout.source or 'its publisher'}{f' ({layout.terms})' if layout.terms else ''} and unpack it into {layout.folder or folder.name} below ADAM_NB_DATA: {layout.layout}"
+
+def missing_masks(
+    task: Task,
+    test,                  # the `Records` of its test part
+) -> str | None:
+    """None when a film of the test part has one of the task's masks (or it is a classification), else "no data: where to get it" in a sentence.
+
+    So a data set whose publisher keeps the masks of the test part back, as DRIVE does now, is told from one in which single masks are lost."""
+    wanted = {n for names in task.sources().values() for n in names}
+    if task.kind != "segment" or not len(test) or any(wanted & set(mask_names_of(r)) for r in test): return None
+    layout = LAYOUTS[task.dataset]
+    return f"no data: no film of the test part of {test.name} has the mask {' or '.join(sorted(wanted)[:3])}{' …' if len(wanted) > 3 else ''}; {_where_to_get(task, Path(layout.folder or task.dataset))}"
 
 # %% ../nbs/16_tasks.ipynb #4379c62d
 def _patient_order(patients, draw_seed, aside=()) -> np.ndarray:
