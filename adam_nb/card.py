@@ -23,12 +23,12 @@ from .eve import Eve
 from .levels import plot_levels
 from .locality import plot_tsne
 from .patches import STRIDE
-from .probes import PROBES, ProbeConfig, headline, probe_films, run_probes
+from .probes import PROBE_VERSION, PROBES, ProbeConfig, headline, probe_films, run_probes
 from .results import read_json, read_results, write_json
 from .scales import plot_scales
 
 # %% ../nbs/22a_card.ipynb #5d79f81a
-CARD = 2        # raised when the same name stands for another number: from 2 on places are looked for between cells
+CARD = PROBE_VERSION
 
 QUESTIONS = [   # probe, metric, what it asks, which way is good; what comes for nothing is found beside it
     ("locality", "silhouette", "Landmarks lie apart (silhouette, −1 to 1)", "high"),
@@ -230,20 +230,31 @@ def _write_card(out: Path, name: str, seed: int, config: dict, results: dict[str
 def run_cards(
     folder: str | Path,             # of a run
     out: str | Path | None = None,  # where the cards go; default <folder>/cards
+    results: list[dict] | None = None,   # the run's, `_path` relative to it (`runs.read_run` leaves out what its plan no longer has); default: all below the folder
+    progress=print,                 # told of each encoder that is left out
 ) -> dict[str, list[Path]]:
-    "A card for each encoder that a run has probed, from its results alone: {probed data set: [folder of a card, …]}, <out>/<data set>/<arm>_seed<n>. `AdamError` for a run without probes."
+    """A card for each encoder that a run has probed, from its results alone: {probed data set: [folder of a card, …]}, <out>/<data set>/<arm>_seed<n>.
+
+    An encoder of which a probe is not finished gets none. `AdamError` for a run without a finished one, and for results of older probes, whose names stand for other numbers."""
     folder, found = Path(folder), {}
     out = Path(out) if out else folder/"cards"
-    for r in read_results(folder):
+    for r in [r | {"_path": os.path.relpath(r["_path"], folder)} for r in read_results(folder)] if results is None else results:
         if r["kind"] in PROBES: found.setdefault(r["task"], {}).setdefault((r["arm"], r["seeds"].get("pretrain_seed") or 0), {})[r["kind"]] = r
     if not found: raise AdamError(f"There are no results of probes in {folder}; run its probe nodes first, or name a card of adam_nb probe.")
     made = {}
     for task, encoders in found.items():
-        for (arm, seed), results in encoders.items():
-            results = {p: results[p] for p in PROBES if p in results}
+        for (arm, seed), probed in encoders.items():
+            probed = {p: probed[p] for p in PROBES if p in probed}
+            for r in probed.values():
+                if r.get("probe_version") != CARD: raise AdamError(f"{folder/r['_path']} was made by another version of the probes, whose numbers are not this one's; delete it and run its node again.")
+            config = next(iter(probed.values()))["config"]
+            if lack := [p for p in config["probes"] if p not in probed]:
+                progress(f"{arm}, seed {seed} on {task} gets no card: {' and '.join(lack)} not finished.")
+                continue
             here = out/task/f"{arm}_seed{seed}"
-            _write_card(here, arm, seed, next(iter(results.values()))["config"], results, {"path": None, "dim": "unknown", "backbone": None}, None, {p: os.path.relpath(r["_path"], here) for p, r in results.items()})
+            _write_card(here, arm, seed, config, probed, {"path": None, "dim": "unknown", "backbone": None}, None, {p: os.path.relpath(folder/r["_path"], here) for p, r in probed.items()})
             made.setdefault(task, []).append(here)
+    if not made: raise AdamError(f"No encoder of {folder} has all its probes yet; run the same command again when they are done.")
     return made
 
 def probe_card(

@@ -68,7 +68,8 @@ def _cmd_cards(a):
     from adam_nb.card import compare_cards, run_cards
     runs = [c for c in a.cards if (Path(c)/"plan.json").is_file()]
     if runs:
-        made = [run_cards(r) for r in runs]
+        from adam_nb.runs import read_run
+        made = [run_cards(r, results=read_run(r).results) for r in runs]
         sets = sorted({task for m in made for task in m})
         if a.data_set is None and len(sets) > 1: raise AdamError(f"The encoders were probed on several data sets ({', '.join(sets)}); name one with --data-set.")
         if a.data_set is not None and a.data_set not in sets: raise AdamError(f"No encoder was probed on '{a.data_set}'.{nearest(a.data_set, sets)}")
