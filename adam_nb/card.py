@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .compositionality import plot_densities
 from .config import AdamError, build, digest, nearest, project_root, read_yaml, to_dict
@@ -187,7 +188,9 @@ def dense_rows(
     "`dense.dense_report` of some films, averaged: how far one forward pass for a whole film is from embedding every patch of the size that a cell of such a map stands for (`width`, share of the film's), and what both cost. {\"why\": sentence} where the network gives no such map, or its patches would be wider than the film."
     width = eve.size/(grid[1]*STRIDE)
     if width > 1: return {"why": f"Not measured: in a map of {grid[0]} × {grid[1]} cells a view of {eve.size} pixels would be wider than the film. A finer grid shows it."}
-    try: every = [dense_report(eve, r.image(), grid, batch) for r in records[:films]]
+    shown = [r.image() for r in records[:films]]
+    try: every = [dense_report(eve, image, grid, batch) for image in shown]
+    except torch.OutOfMemoryError: raise
     except (AdamError, AssertionError, RuntimeError) as e: return {"why": f"This network gives no map of a whole film ({' '.join(str(e).split())[:200]})."}      # some take one size of input alone, and say so in their own way
     return {k: float(np.mean([m[k] for m in every])) for k in every[0]} | {"grid": list(grid), "films": len(every), "width": width}
 

@@ -6,6 +6,8 @@
 __all__ = ['PAPER_NUMBERS', 'pck', 'carried_masks', 'last_levels', 'granularity', 'pruner_bars', 'paper_map']
 
 # %% ../nbs/23f_paper_figures.ipynb #f23a0002
+from collections import Counter
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -46,8 +48,9 @@ def pck(run, used, prefix: str | None = None) -> Figure:
         ax.set_xticks(range(len(_WITHIN)), [f"{w}" for w in _WITHIN])
         ax.set(xlabel="within so many % of the width", ylim=(-2, 103))
         if ax.get_subplotspec().is_first_col(): ax.set_ylabel("places found (%)")
-    seeds = len({s for _, s in standing})
-    note(fig, "; ".join(filter(None, [f"lines: means over {seeds} pretraining seeds, points: single ones" if seeds > 1 else "", gone])))
+    counts = sorted(Counter(a for a, _ in standing).values())
+    several = "–".join(map(str, dict.fromkeys((min(c for c in counts if c > 1), counts[-1])))) if counts[-1] > 1 else ""
+    note(fig, "; ".join(filter(None, [f"lines: means over {several} pretraining seeds, points: single ones" if several else "", "bars: 95 % over patients, of arms with one encoder" if counts[0] == 1 else "", gone])))
     legend_below(fig, axes[0], columns=4)
     return fig
 
@@ -98,8 +101,10 @@ def granularity(run, used) -> Figure:
     fig, axes = new_panels(len(every), columns=3, width=4.4, height=3.9)
     for ax, r in zip(axes, every):
         arms = [a for a in levels if a in r["arms"]]
-        x, mean, sd = np.array([(levels[a], r["arms"][a]["mean"], np.nan_to_num(r["arms"][a]["sd"])) for a in arms]).T
-        ax.errorbar(x, mean, sd, color=arm_style("adam", arms)[0], marker="o", markersize=8, linewidth=1.8, capsize=4, label="measured")
+        x, mean, sd = np.array([(levels[a], r["arms"][a]["mean"], r["arms"][a]["sd"]) for a in arms]).T
+        several, colour = np.isfinite(sd), arm_style("adam", arms)[0]       # one run has no spread, which is not a spread of zero
+        ax.plot(x, mean, color=colour, marker="o", markersize=8, linewidth=1.8, label="measured")
+        if several.any(): ax.errorbar(x[several], mean[several], sd[several], color=colour, linestyle="none", linewidth=1.8, capsize=4)
         for a in arms: ax.plot([levels[a] + 0.12]*len(r["arms"][a]["runs"]), list(r["arms"][a]["runs"].values()), linestyle="none", marker=".", markersize=4, color=INK, alpha=0.5)
         old = GRANULARITY.get(question(r["task"], r["structure"]), {}) if r["shots"] == "all" else {}
         if old: ax.plot(list(old), list(old.values()), color=INK, linestyle=":", linewidth=1.2, marker="D", markersize=8, markerfacecolor="none", label="published")

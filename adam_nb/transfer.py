@@ -93,8 +93,8 @@ def elsewhere(r: dict, arms: list[str]) -> dict[str, tuple[float, float]]:
     return dict(sorted(((m, p) for m, p in FULL.get(question(r["task"], r["structure"]), {}).items() if m not in arms), key=lambda i: i[1][0]))
 
 def hollow_label(ax, axes: list, label: str):
-    "An entry for the hollow diamonds in the legend, where any were drawn."
-    if any(l.get_marker() == "D" and l.get_markerfacecolor() == "none" for a in axes for l in a.lines): ax.plot([], [], linestyle="none", marker="D", markersize=8, color=INK, markerfacecolor="none", label=label)
+    "An entry for the hollow diamonds of the arms in the legend, where any were drawn; those of other methods are grey and said by their names."
+    if any(l.get_marker() == "D" and l.get_markerfacecolor() == "none" and l.get_color() == INK for a in axes for l in a.lines): ax.plot([], [], linestyle="none", marker="D", markersize=8, color=INK, markerfacecolor="none", label=label)
 
 def task_bars(
     ax,
@@ -194,11 +194,11 @@ def _uncounted(run: Run) -> dict[str, dict]:
 _WHY = {"classify": "no class has ten positives and ten negatives", "segment": "no pixel counts"}
 
 def _with_more_amounts(run: Run, every: list[dict]) -> list[dict]:
-    "`standings` with all labels, and after each task those with shares of them, and of classifications with few films; corrected by Holm over them all."
+    "`standings` with all labels, and after each task those with shares of them, and of classifications with few films. The first keep their p, as the bars and sentences have it; the added are corrected by Holm among themselves."
     amounts = [k for k in dict.fromkeys(p["shots"] for p in sorted(task_points(run), key=lambda p: p["trained"])) if k != "all"]
     more = [r for k in amounts for r in standings(run, k) if (isinstance(k, str) or r["unit"] == _UNITS["auroc_mean"]) and not any((r["task"], r["structure"], r["shots"]) == (e["task"], e["structure"], e["shots"]) for e in every)]
     out = [r for e in every for r in [e, *(m for m in more if (m["task"], m["structure"]) == (e["task"], e["structure"]))]]
-    for r, p in zip(out, holm([r["test"]["p"] if r["test"] else np.nan for r in out])): r["p_holm"] = float(p)
+    for r, p in zip(more, holm([r["test"]["p"] if r["test"] else np.nan for r in more])): r["p_holm"] = float(p)
     return out
 
 def transfer_table(run: Run, shots=None):
