@@ -26,7 +26,7 @@ from .published import FEW_SHOT, question
 from .results import write_json
 from .runs import Missing, Run, arm_name, arms_of, chain_folders, curve, probe_prefix, read_run, seeds_of, waiting
 from .significance import holm
-from .transfer import few_shot_table, transfer_bars, transfer_table, with_caveats
+from .transfer import few_shot_table, task_points, transfer_bars, transfer_table, with_caveats
 
 # %% ../nbs/24_figures.ipynb #24d0c002
 def _cuts(run: Run) -> dict[str, np.ndarray]:
@@ -140,25 +140,24 @@ def pruning_curves(run, used) -> Figure:
     return fig
 
 # %% ../nbs/24_figures.ipynb #5afb72db
-def few_shot_points(run: Run, metric: str = "dice_image") -> list[dict]:
-    "Every segmentation that was fine-tuned on so many films, or on all (not on a share), as arm, seed, task, channel, shots, draw, value (0–1), n (test films), path, data; sorted by task, channel and shots."
-    rows = [{"arm": r["arm"], "seed": r["seeds"].get("pretrain_seed") or 0, "task": r.get("task") or r["config"].get("task", "?"), "channel": channel, "shots": one["shots"],
-             "draw": one["draw_seed"], "value": scores[metric], "n": one["n"].get("test_images"), "path": r["_path"], "data": r["data"].get("name", "")}
-            for r in run.results if r["kind"] == "segment" for one in r.get("runs") or [] if one.get("fraction") is None for channel, scores in one["metrics"].items() if scores.get(metric) is not None]
-    return sorted(rows, key=lambda p: (p["task"], p["channel"], math.inf if p["shots"] == "all" else p["shots"]))
+def few_shot_points(run: Run) -> list[dict]:
+    "The `transfer.task_points` of segmentations on so many films, or on all (not on a share), sorted by task, structure and shots: in the task's own measure, of more than `transfer.MANY` structures the mean."
+    cut = {r.get("task") or r["config"].get("task", "?") for r in run.results if r["kind"] == "segment"}
+    rows = [p for p in task_points(run) if p["task"] in cut and (p["shots"] == "all" or isinstance(p["shots"], int))]
+    return sorted(rows, key=lambda p: (p["task"], p["structure"], math.inf if p["shots"] == "all" else p["shots"]))
 
 # %% ../nbs/24_figures.ipynb #dbfb3ab2
 @from_run
-def few_shot(run, used, metric: str = "dice_image") -> Figure:
-    "Dice of each arm over the number of labelled films, a panel for each task and structure; on SCR with the published values (hollow)."
-    points = few_shot_points(run, metric)
+def few_shot(run, used) -> Figure:
+    "The score of each arm over the number of labelled films, a panel for each task and structure (of more than four their mean); on SCR with the published values (hollow)."
+    points = few_shot_points(run)
     if not points: raise Missing(f"No segmentation. {waiting(run, 'segment')}")
     used += [{"_path": p["path"]} for p in points]
-    panels = list(dict.fromkeys((p["task"], p["channel"]) for p in points))
+    panels = list(dict.fromkeys((p["task"], p["structure"]) for p in points))
     fig, axes = new_panels(len(panels), columns=2, width=6.4, height=4.2)
     arms = [a for a in arms_of(run) if any(p["arm"] == a for p in points)]
     for ax, (task, channel) in zip(axes, panels):
-        mine = [p for p in points if (p["task"], p["channel"]) == (task, channel)]
+        mine = [p for p in points if (p["task"], p["structure"]) == (task, channel)]
         shots = list(dict.fromkeys(p["shots"] for p in mine))
         for arm, dx in zip(arms, spread(len(arms), 0.6)): _shots(ax, [p for p in mine if p["arm"] == arm], shots, dx, arm, *arm_style(arm, arms))
         if old := FEW_SHOT.get(question(task, channel)):
@@ -168,7 +167,7 @@ def few_shot(run, used, metric: str = "dice_image") -> Figure:
         ax.set_xticks(range(len(shots)), [str(k) for k in shots])
         ax.set_xlim(-0.5, len(shots) - 0.4)
         ax.grid(axis="x", visible=False)
-        ax.set(xlabel="labelled films", ylabel="Dice (%), mean over films" if metric == "dice_image" else f"{metric} (%)")
+        ax.set(xlabel="labelled films", ylabel=mine[0]["unit"])
         ax.set_title(channel.replace("_", " "))
         ax.text(1, 1.02, f"{task}, n = {mine[0]['n']} test films", transform=ax.transAxes, ha="right", va="bottom", fontsize=10)
     legend_below(fig, *axes, columns=5)
@@ -178,7 +177,7 @@ def _shots(ax, points: list[dict], shots: list, dx: float, arm: str, colour: str
     "One arm's fine-tunings and their means over the numbers of labelled films."
     means = []
     for i, k in enumerate(shots):
-        y = [100 * p["value"] for p in points if p["shots"] == k]
+        y = [p["value"] for p in points if p["shots"] == k]
         ax.plot([i + dx] * len(y), y, linestyle="none", marker=marker, markersize=4, color=colour, alpha=0.6)
         if y: means.append((i + dx, np.mean(y)))
     if means: ax.plot(*zip(*means), color=colour, marker=marker, markersize=10, linewidth=0.9, label=arm_name(arm), markeredgecolor=PAPER, markeredgewidth=0.8)

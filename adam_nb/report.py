@@ -68,6 +68,7 @@ def verdict(
     if not len(some): return []
     means = some.groupby(["arm", "pretrain_seed"], dropna=False).value.mean().groupby(level="arm").mean() * factor
     order = sorted((a for a in arms_of(run) if a in means.index), key=lambda a: -better * means[a])
+    if len(order) > 1 and len(set(means[order])) == 1: return [f"All arms have the same {what}: {means[order[0]]:.{digits}f}{unit}."]
     best, word, show = order[0], "highest" if better > 0 else "lowest", lambda v: f"{v:.{digits}f}"
     first = f"{arm_name(best)} has the {word} {what}: {show(means[best])}{unit}"
     if len(order) == 1: return [first + "; no other arm has been judged yet."]
@@ -172,10 +173,12 @@ def _loss(run: Run, album: Album) -> str:
 
 def _few(run: Run, album: Album) -> str:
     points = few_shot_points(run)
-    said, frame = [], numbers(run) if points else None
-    for task, channel in list(dict.fromkeys((p["task"], p["channel"]) for p in points))[:3]:
-        shots = min((p["shots"] for p in points if (p["task"], p["channel"]) == (task, channel)), key=lambda k: math.inf if k == "all" else k)
-        said.extend(verdict(run, frame, "segment", f"{channel}/dice_image", f"mean Dice of the {channel.replace('_', ' ')} with {shots} labelled films ({task})", task=task, shot=shots))
+    said, frame = [], ablations.judged(numbers(run)) if points else None
+    for task, structure in list(dict.fromkeys((p["task"], p["structure"]) for p in points))[:3]:
+        shots = min((p["shots"] for p in points if (p["task"], p["structure"]) == (task, structure)), key=lambda k: math.inf if k == "all" else k)
+        measure = published.headline(task)
+        of = f"of {structure.removeprefix('mean of ')} structures" if structure.startswith("mean of ") else f"of the {structure.replace('_', ' ')}"
+        said.extend(verdict(run, frame, "segment", f"{structure}/{measure}", f"mean {'IoU' if measure.startswith('iou') else 'Dice'} {of} with {shots} labelled films ({task})", task=task, shot=shots))
     pictures = {}
     for r in (r for r in run.results if r["kind"] == "segment" and r.get("pictures")):
         title, name = next(iter(r["pictures"].items()))

@@ -98,10 +98,13 @@ def dice_bce(
     masks: torch.Tensor,       # (B, K, H, W): 0, 1, or NaN = does not count
     smooth: float = 1.0,       # pixels
 ) -> torch.Tensor:
-    "Mean over channels of −log of the soft Dice (pooled over the batch) plus mean binary cross-entropy; at least 0."
+    """Mean over channels of −log of the soft Dice (pooled over the batch) plus mean binary cross-entropy; at least 0.
+
+    A channel without a true pixel in the batch is left to the entropy: its Dice would ask for nothing at all wherever it is, and a rare finding, absent from most batches, would never be found."""
     p, y, known = _parts(logits, masks)
     entropy = F.binary_cross_entropy_with_logits(logits, y, reduction="none")
-    return -_soft_dice(p, y, smooth).log().mean() + (entropy * known).sum() / known.sum().clamp(min=1)
+    there = y.sum((0, 2, 3)) > 0
+    return -(_soft_dice(p, y, smooth).log() * there).sum() / there.sum().clamp(min=1) + (entropy * known).sum() / known.sum().clamp(min=1)
 
 LOSSES = {"dice_bce": dice_bce, "dice": soft_dice, "bce": bce}
 
@@ -195,16 +198,17 @@ def show_segmentation(
 ):
     "Films with the true outline (solid) and the one found (dashed) of each channel; Figure. n is in the title."
     n = min(n, len(data))
-    found = predict(model, data.images[:n]) > 0.5
+    found, true = predict(model, data.images[:n]) > 0.5, data.targets[:n].bool()
+    if data.valid is not None: found, true = (m & data.valid[:n] for m in (found, true))       # outside nothing is judged
     fig, axes = new_figure(1, n, 2.4, 2.7)
     for i, ax in enumerate(axes[0]):
         image = data.images[i].permute(1, 2, 0).numpy()
         ax.imshow(image[..., 0] if image.shape[2] == 1 else image, cmap="gray", vmin=0, vmax=255)
         for c, name in enumerate(data.names):
-            for mask, style in ((data.targets[i, c], "-"), (found[i, c], "--")):
+            for mask, style in ((true[i, c], "-"), (found[i, c], "--")):
                 if 0 < mask.sum() < mask.numel(): ax.contour(mask.numpy(), [0.5], colors=[colour(c)], linestyles=style, linewidths=1.2)
-        dices = dice_of(counts(found[i], data.targets[i]))
-        ax.set_title(", ".join(f"{name} {d:.2f}" for name, d in zip(data.names, dices)), fontsize=7); ax.axis("off")
+        dices, there = dice_of(counts(found[i], true[i])), true[i].flatten(1).any(1).numpy()
+        ax.set_title(", ".join(f"{name} {d:.2f}" for name, d in zip(data.names, dices)) if len(data.names) <= 3 else f"{dices[there].mean():.2f}, mean of {there.sum()} that are there" if there.any() else "none is there", fontsize=7); ax.axis("off")
     fig.suptitle(f"Outline: true (solid), found (dashed); Dice of each film, n = {n}", fontsize=8)
     return fig
 
