@@ -122,7 +122,7 @@ def ablation(run, used):
             dot(ax, *_mean(mine), y, *arm_style(arm, arms))
             if len(mine) > 1: ax.plot(mine, [y + 0.22] * len(mine), linestyle="none", marker=".", markersize=5, color=INK, alpha=0.6)
         twice = len(set(points[points.label == label].task)) > 1
-        ax.set_title(label + (f", {task}" if twice else ""), fontsize=12)
+        ax.set_title(label + (f"\n{task}" if twice else ""), fontsize=12)
         better = part.better.iloc[0]
         ax.set_xlabel(part.unit.iloc[0] + {1: ", right is better", -1: ", left is better", 0: ""}[better])
         ax.locator_params(axis="x", nbins=5)

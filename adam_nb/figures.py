@@ -201,23 +201,24 @@ def auroc_classes(run, used) -> Figure:
     panels = list(dict.fromkeys((p["task"], p["question"]) for p in points))
     arms = [a for a in arms_of(run) if any(p["arm"] == a for p in points)]
     classes = {t: list(dict.fromkeys(c for p in points if p["task"] == t for c, v in p["auroc"].items() if v is not None)) for t, _ in panels}
+    rows = lambda task: [None]*(len(classes[task]) > 1) + classes[task]          # None: their mean
     fig, axes = new_panels(len(panels), columns=3, width=4.8, height=1.6 + 0.5 * (1 + max(map(len, classes.values()))))
     for ax, (task, question) in zip(axes, panels):
         mine = [p for p in points if (p["task"], p["question"]) == (task, question)]
         for arm, dy in zip(arms, spread(len(arms), 0.6)):
             own, style = [p for p in mine if p["arm"] == arm], arm_style(arm, arms)
-            for i, c in enumerate(["mean", *classes[task]]):
-                values = [p["mean"] if i == 0 else p["auroc"].get(c) for p in own]
+            for i, c in enumerate(rows(task)):
+                values = [p["mean"] if c is None else p["auroc"].get(c) for p in own]
                 values = [v for v in values if v is not None and np.isfinite(v)]
                 if not values: continue
-                interval = (np.nan, np.nan) if len(own) > 1 else (own[0]["low"], own[0]["high"]) if i == 0 else own[0]["intervals"].get(c, (np.nan, np.nan))
+                interval = (np.nan, np.nan) if len(own) > 1 else (own[0]["low"], own[0]["high"]) if c is None else own[0]["intervals"].get(c, (np.nan, np.nan))
                 dot(ax, np.mean(values), *interval, i + dy, *style, size=8, label=arm_name(arm))
                 if len(values) > 1: ax.plot(values, [i + dy] * len(values), linestyle="none", marker=".", markersize=4, color=style[0], alpha=0.5)
         ax.axvline(0.5, color=INK, linestyle=":", linewidth=1.4)
-        name_rows(ax, [f"mean of {len(classes[task])}", *(c.replace("_", " ") for c in classes[task])])
+        name_rows(ax, [f"mean of {len(classes[task])}" if c is None else c.replace("_", " ") for c in rows(task)])
         ax.set_xlabel("AUROC (0.5 = chance)")
-        ax.set_title(question_name(question))
-        ax.text(1, 1.01, f"n = {mine[0]['n']} films", transform=ax.transAxes, ha="right", va="bottom", fontsize=10)
+        ax.set_title(question_name(question), pad=18)
+        ax.text(0, 1.01, f"{task}, n = {mine[0]['n']} films", transform=ax.transAxes, ha="left", va="bottom", fontsize=10)
     few = sorted({f"{c.replace('_', ' ')} ({v['positive']} of {v['positive'] + v['negative']})" for p in points for c, v in p["too_few"].items()})
     if few: note(fig, f"Not counted, too few positives or negatives: {', '.join(few[:8])}{' …' if len(few) > 8 else ''}")
     legend_below(fig, *axes, columns=5)
@@ -270,7 +271,7 @@ def arm_differences(run, used, target: str | None = None) -> Figure:
         ax.axvline(0, color=INK, linewidth=1.2)
         ax.locator_params(axis="x", nbins=6)
         same = sum(label == key[1] for _, label in panels) > 1     # one number on several data sets
-        ax.set_title(key[1].split(" (")[0] + (f", {key[0]}" if same else ""), fontsize=12)
+        ax.set_title(key[1].split(" (")[0] + (f"\n{key[0]}" if same else ""), fontsize=12)
         ax.set_xlabel(f"difference ({key[1].split(' (')[1]}" + {1: ", right is better", -1: ", left is better", 0: ""}[c["better"]])
         name_rows(ax, [arm_name(a) for a in others])
     n = sorted({c["n_seeds"] for c in every})

@@ -69,7 +69,7 @@ def landmark_maps(run, used, prefix: str | None = None) -> Figure:
         ax.set(xticks=[], yticks=[], xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)")
         ax.grid(False)
     note(fig, gone)
-    legend_below(fig, *axes, columns=4 if len(arms) > 2 else 3, markerscale=1.6)
+    legend_below(fig, *axes, columns=int(fig.get_figwidth()/2.6), markerscale=1.6)
     return fig
 
 # %% ../nbs/23c_probe_figures.ipynb #9384e7b8
