@@ -17,7 +17,7 @@ from .config import AdamError
 from .marks import INK, STYLE, arm_style, dot, from_run, legend_below, name_rows, new_panels, note
 from .published import ablated, headline
 from .runs import Missing, Run, arm_name, arms_of, curve, pretraining, probe_results, seeds_of, waiting
-from .transfer import MANY
+from .transfer import MANY, extras_of
 
 # %% ../nbs/23e_ablations.ipynb #32912257
 HEADLINES = [  # kind, pattern of the metric, words, unit, +1 if larger is better (0: neither; it is high for any features that are alike); numbers in % are stored as shares
@@ -39,14 +39,16 @@ def judged(frame):
     own = np.array([k != "segment" or _is_headline(t, m) for k, t, m in zip(frame.kind, frame.task, frame.metric)], dtype=bool)
     frame = frame[own & frame.value.notna()]
     cut = frame[frame.kind == "segment"]
-    many = [t for t, some in cut.groupby("task") if some.metric.str.partition("/")[0].str.partition("@")[0].nunique() > MANY]
-    crowd = cut[cut.task.isin(many)]
-    if crowd.empty: return frame
+    cut = cut.assign(output=[m.partition("/")[0].partition("@")[0] for m in cut.metric])
+    asked = cut[np.array([o not in extras_of(t) for t, o in zip(cut.task, cut.output)], dtype=bool)]
+    many = [t for t, some in asked.groupby("task") if some.output.nunique() > MANY]
+    if not many: return frame
+    crowd, every = asked[asked.task.isin(many)].drop(columns="output"), cut[cut.task.isin(many)]
     crowd = crowd.assign(share=crowd.metric.str.partition("/")[0].str.partition("@")[2])
     keys = [c for c in crowd if c not in ("metric", "value", "n")]
     means = crowd.groupby(keys, dropna=False, sort=False).agg(value=("value", "mean"), n=("n", "first"), outputs=("metric", "size"), metric=("metric", "first")).reset_index()
     means["metric"] = [f"mean of {k}{'@' + share if share else ''}/{m.split('/')[-1]}" for k, share, m in zip(means.outputs, means.share, means.metric)]
-    return pd.concat([frame[~frame.index.isin(crowd.index)], means[frame.columns].astype(frame.dtypes)], ignore_index=True)
+    return pd.concat([frame[~frame.index.isin(every.index)], means[frame.columns].astype(frame.dtypes)], ignore_index=True)
 
 def headlines(frame):
     "The headline numbers in a table of `compare.collect`, one by one: (its rows, metric, label, unit, factor to the unit, +1, −1 or 0 if larger, smaller or neither is better)."
@@ -70,7 +72,7 @@ def headline_points(run: Run):
     "The headline numbers of a run as a DataFrame, one per arm and pretraining seed (draws averaged): label, unit, better, arm, seed, value in the unit, task, path, published (`published.ablated`, else None). Empty without results."
     import pandas as pd
     from adam_nb.compare import collect
-    results, rows = [r for r in run.results if r["kind"] != "pretrain"], []
+    results, rows = [r for r in run.results if r["kind"] != "pretrain" and not r.get("status")], []
     for part, metric, label, unit, factor, better in headlines(collect(results)) if results else ():
         task = part.task.iloc[0]
         theirs = lambda arm: ablated(task, metric.split("/")[0], arm) if part.kind.iloc[0] == "segment" and "@" not in metric and part.shot.isna().all() and _is_headline(task, metric) else None

@@ -250,7 +250,8 @@ def run_cards(
             probed = {p: probed[p] for p in PROBES if p in probed}
             for r in probed.values():
                 if r.get("probe_version") != CARD: raise AdamError(f"{folder/r['_path']} was made by another version of the probes, whose numbers are not this one's; delete it and run its node again.")
-            config = next(iter(probed.values()))["config"]
+            config = max(probed.values(), key=lambda r: r["date"])["config"]
+            probed = {p: r for p, r in probed.items() if r["config"] == config and p in config["probes"]}          # what an earlier plan asked is another question
             if lack := [p for p in config["probes"] if p not in probed]:
                 progress(f"{arm}, seed {seed} on {task} gets no card: {' and '.join(lack)} not finished.")
                 continue

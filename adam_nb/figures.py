@@ -237,7 +237,7 @@ def comparisons(
 ) -> list[dict]:
     "Paired differences target − other of the headline numbers: what `compare.paired_difference` returns, plus label, factor (to the label's unit), better (+1, −1; 0: neither), other, target, sources."
     from adam_nb.compare import Unpaired, paired_difference
-    if not any(r["kind"] != "pretrain" for r in run.results): return []
+    if not any(r["kind"] != "pretrain" and not r.get("status") for r in run.results): return []
     frame, out = numbers(run), []
     frame = frame[frame.value.notna()]
     arms = [a for a in arms_of(run) if a in set(frame.arm)]

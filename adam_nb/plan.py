@@ -14,6 +14,7 @@ from pathlib import Path
 
 from .config import AdamError, build, data_root, digest, nearest, override, project_root, read_yaml, to_dict
 from .probe_configs import ProbeConfig, PruningConfig
+from .results import read_json
 from .schedule import PrepareConfig, PretrainConfig, check, essence
 from .task_configs import ClassifyConfig, SegmentConfig
 
@@ -268,12 +269,19 @@ def plan(
     return nodes, remarks
 
 # %% ../nbs/27_plan.ipynb #82452c59
+def _forget_note(path: Path):
+    "Remove a result that only says that its data were missing: they may be there by now, and asking again costs nothing."
+    try: found = read_json(path) if path.is_file() else {}
+    except AdamError: return                                     # torn: its node says so
+    if isinstance(found, dict) and found.get("status") and not found.get("runs"): path.unlink()
+
 def write_params(nodes: list[Node]) -> list[Path]:
     "Write each node's parameter file where its content has changed; return the changed ones."
     import yaml
     root, changed = project_root(), []
     code = {n: code_digest(root/"nbs"/"run"/f"{n}.ipynb") for n in dict.fromkeys(node.notebook for node in nodes)}
     for node in nodes:
+        if node.values.get("if_missing") == "note": _forget_note(root/node.output)
         text = yaml.safe_dump(node.values, sort_keys=True, allow_unicode=True) if node.values else "{}\n"
         text += f"# code {code[node.notebook]}\n"
         path = root/node.params

@@ -51,8 +51,9 @@ def question(
     return task if task in FULL else None
 
 def headline(task: str) -> str:
-    "The metric of a segmentation task that is looked at first."
-    return {"chestx_det": "iou_pooled", "chestx_det_13": "iou_pooled", "siim_acr": "dice_pooled", "drive": "dice_pooled"}.get(task.removesuffix("_phantom"), "dice_image")
+    "The metric of a segmentation task that is looked at first: `Task.metric`; Dice as a mean over films for a task that is not registered."
+    from adam_nb.tasks import TASKS
+    return TASKS[task].metric if task in TASKS else "dice_image"
 
 def published(
     task: str, structure: str,

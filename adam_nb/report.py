@@ -225,7 +225,7 @@ def _transfer(run: Run, album: Album) -> str:
     tests = [c for c in ("difference", "Hedges' g", "p (Welch, Holm)", "runs an arm") if c in table]
     caption = "Mean ± standard deviation over runs." + (" † published: the same task in another setting." if table.task.str.startswith("†").any() else "")
     body = _says(*_ahead(transfer.standings(run))) + _figures(run, "transfer") + _frame(table.drop(columns=tests), caption, 3)
-    if "difference" in table: body += _frame(table[table.difference.notna()][["task", *tests]], "Differences with Student's 95 % interval; p by Welch's t-test, corrected by Holm for the number of questions with all labels, and apart from them of those with fewer.", 2)
+    if "difference" in table: body += _frame(table[table.difference.notna()][["task", *tests]], "Differences with Student's 95 % interval; p by Welch's t-test, corrected by Holm for the number of questions with all labels, or else the most that were given, and apart from them for those with fewer.", 2)
     return body + f"<h3>What is not equal between the arms</h3><ul>{unequal}</ul>"
 
 def _classes(run: Run, album: Album) -> str:
