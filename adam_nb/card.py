@@ -158,7 +158,7 @@ def card_figures(results: dict[str, dict]) -> dict[str, object]:
 # %% ../nbs/22a_card.ipynb #a3adf53c
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#1c2127;background:#fff;max-width:72rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;width:100%;font-size:.92rem}th,td{text-align:left;padding:.3rem .6rem;border-bottom:1px solid #d5dade}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-small{color:#555}figure{margin:1.2rem 0}figure img{max-width:100%;height:auto}.wide{overflow-x:auto}.warn{border-left:4px solid #d55e00;padding:.4rem .8rem}"""
+small{color:#555}figure{margin:1.2rem 0}figure img{max-width:100%;height:auto}.wide{overflow-x:auto}.wide td:first-child{min-width:14rem}.warn{border-left:4px solid #d55e00;padding:.4rem .8rem}"""
 
 def _number(value, low=math.nan, high=math.nan, sign: str = "") -> str:
     "A value with its interval, to three digits; `sign` as in a format (\"+\")."
@@ -350,11 +350,11 @@ def _t_interval(v: np.ndarray) -> tuple[float, float]:
     return float(v.mean() - half), float(v.mean() + half)
 
 def _cell(cell: dict | None, seeds: int, best: bool) -> str:
-    "A cell of the comparison; of several seeds with the number that it stands for."
+    "A cell of the comparison; with the number of seeds that it stands for where that is not the column's."
     if cell is None: return "–"
-    said = ([f"n = {cell['n']}" + (", over patients" if cell["over"] == "patients" else "")] if seeds > 1 and cell["n"] else []) + ([f"{cell['collapsed']} of {seeds} collapsed"] if cell["collapsed"] else [])
+    said = ([f"n = {cell['n']}" + (", over patients" if cell["over"] == "patients" else "")] if cell["n"] and (cell["over"] == "patients" and seeds > 1 or cell["n"] < seeds) else []) + ([f"{cell['collapsed']} of {seeds} collapsed"] if cell["collapsed"] else [])
     number, d = _number(cell["value"], cell["low"], cell["high"]), cell["difference"]
-    if d: said.append(f"{_number(d['mean'], d['low'], d['high'], '+')} over {d['n']} seeds")
+    if d: said.append(f"{_number(d['mean'], d['low'], d['high'], '+')} " + (f" over {d['n']} seeds" if d["n"] < seeds else ""))
     return (f"<b>{number}</b>" if best and not cell["collapsed"] else number) + (f"<br><small>{'; '.join(said)}</small>" if said else "")
 
 def _comparison_html(table: dict, card: dict) -> str:
